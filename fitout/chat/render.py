@@ -1,0 +1,241 @@
+"""Messages -> token ids and which of them are trained, in one walk; the generation prompt; template self-checks.
+
+One rule decides what is supervised: a turn of the assistant is what the template writes *after* the generation prompt
+that the model will see at inference, up to and including the token that ends the turn. So nothing needs to be known
+about a template, and training and inference cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TemplateError
+from . import ChatSettings
+from .tokenizer import LoadedTokenizer, load_tokenizer
+from .types import Conversation, Message, Origin, Text, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SAMPLE = (Message("user", "Which way is north?"), Message("assistant", "That way."))
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A rendered string and the character spans [start, end) of its supervised turns."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class Chat:
+    """A tokenizer and its template, ready to render. Make one with `open_chat`."""
+
+    def __init__(self, loaded: LoadedTokenizer):
+        self.tokenizer: PreTrainedTokenizerFast = loaded.tokenizer
+        self.template_name = loaded.template
+        self.grown = loaded.grown
+        self.notes = loaded.notes
+
+    # what the tokenizer knows
+
+    @cached_property
+    def control(self) -> tuple[str, ...]:
+        """The strings that the tokenizer reads as control tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(sorted({token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)))
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.convert_tokens_to_ids(list(self.control)))
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an assistant's turn: the one the template writes, and the tokenizer's end-of-text."""
+        ids = {self._end_of_turn(self._render_one(SAMPLE, ()))}
+        ids.add(self.tokenizer.eos_token_id)
+        return tuple(sorted(i for i in ids if i is not None))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides which ids a conversation becomes."""
+        return {
+            "template": self.tokenizer.chat_template,
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+        }
+
+    # messages -> ids
+
+    def render(self, conversation: Conversation) -> list[Tokens]:
+        """The samples this conversation gives: one, or one a supervised turn where the template rewrites history."""
+        return self.render_many([conversation])[0]
+
+    def render_many(self, conversations: Sequence[Conversation]) -> list[list[Tokens]]:
+        """`render` for many at once (the tokenizer then uses every core)."""
+        rendered = [self._strings(conversation) for conversation in conversations]
+        flat = [one for group in rendered for one in group]
+        encodings = iter(self._encode([one.text for one in flat]))
+        return [
+            [self._tokens(one, next(encodings), conversation.origin) for one in group]
+            for group, conversation in zip(rendered, conversations, strict=True)
+        ]
+
+    def prompt_text(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> str:
+        """What stands before an assistant's turn."""
+        return self._template(messages, tools, generation=True)
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> list[int]:
+        """The ids up to where the assistant begins. Raises TemplateError when a text spells a control token."""
+        forged = self.forged(messages)
+        if forged:
+            raise TemplateError(
+                f"the text contains {forged!r}, a control token of this model",
+                harm="It could end the turn or speak in another role.",
+                hint="Remove it, or break it up with a space.",
+            )
+        return self._encode([self.prompt_text(messages, tools)])[0].ids
+
+    def text_ids(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Plain texts for pretraining: every token trained, an end-of-text token after each where there is one."""
+        bos = self.tokenizer.bos_token if self._adds_bos else ""
+        strings = [bos + text.text + (self.tokenizer.eos_token or "") for text in texts]
+        return [
+            Tokens(e.ids, [True] * len(e.ids), text.origin, string, e.offsets)
+            for e, text, string in zip(self._encode(strings), texts, strings, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer's text: control tokens and surrounding blanks removed."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def forged(self, messages: Iterable[Message]) -> str | None:
+        """The first control token that a message's own text spells, if any."""
+        for message in messages:
+            for token in self.control:
+                if token in message.content:
+                    return token
+        return None
+
+    # the walk
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        ids = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        return self.tokenizer.bos_token_id is not None and ids[:1] == [self.tokenizer.bos_token_id]
+
+    def _template(self, messages: Sequence[Message], tools: Sequence[dict], *, generation: bool) -> str:
+        from jinja2.exceptions import TemplateError as JinjaError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                [message.as_dict() for message in messages],
+                tools=list(tools) or None,
+                add_generation_prompt=generation,
+                tokenize=False,
+            )
+        except (JinjaError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise TemplateError(
+                f"the chat template ({self.template_name}) does not render: {error}",
+                harm="These messages cannot be turned into what the model reads.",
+                hint="Correct the template or the messages, or set chat.template: plain.",
+            ) from error
+
+    def _strings(self, conversation: Conversation) -> list[_Rendered]:
+        """The strings to encode. Where every turn's prompt is a beginning of the whole, that is one string; otherwise the
+        template rewrites history, and each supervised turn gets the context it will really see at inference."""
+        messages, tools = conversation.messages, conversation.tools
+        turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.train]
+        whole = self._template(messages, tools, generation=False)
+        spans = []
+        for turn in turns:
+            prompt = self._template(messages[:turn], tools, generation=True)
+            last = turn == len(messages) - 1
+            upto = whole if last else self._template(messages[: turn + 1], tools, generation=False)
+            if not (whole.startswith(upto) and upto.startswith(prompt)):
+                return [self._render_one(messages[: i + 1], tools) for i in turns]
+            spans.append((len(prompt), len(upto)))
+        return [_Rendered(whole, tuple(spans))]
+
+    def _render_one(self, messages: Sequence[Message], tools: Sequence[dict]) -> _Rendered:
+        """A conversation of which only the last turn is supervised."""
+        whole = self._template(messages, tools, generation=False)
+        prompt = self._template(messages[:-1], tools, generation=True)
+        if not whole.startswith(prompt):
+            raise TemplateError(
+                f"the chat template ({self.template_name}) writes a finished turn differently from its own prompt",
+                harm="The model would be trained on text that it never sees at inference.",
+                hint="Use chat.template_kwargs to make them agree (enable_thinking: true, say), or another template.",
+            )
+        return _Rendered(whole, ((len(prompt), len(whole)),))
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def _tokens(self, rendered: _Rendered, encoding: Any, origin: Origin) -> Tokens:
+        ids, offsets = encoding.ids, encoding.offsets
+        train_on = [False] * len(ids)
+        at = 0
+        for start, end in rendered.spans:
+            while at < len(ids) and offsets[at][1] <= start:
+                at += 1
+            first = at
+            while at < len(ids) and offsets[at][0] < end:
+                at += 1
+            stop = at  # leave out what the template writes after the end of the turn: no engine generates it
+            while stop > first and ids[stop - 1] not in self._control_ids:
+                stop -= 1
+            stop = stop if stop > first else at
+            train_on[first:stop] = [True] * (stop - first)
+        return Tokens(ids, train_on, origin, rendered.text, offsets)
+
+    def _end_of_turn(self, rendered: _Rendered) -> int | None:
+        """The control token that ends the supervised turn, if the template writes one."""
+        tokens = self._tokens(rendered, self._encode([rendered.text])[0], Origin("", 0))
+        trained = [i for i, on in zip(tokens.ids, tokens.train_on, strict=True) if on]
+        return trained[-1] if trained and trained[-1] in self._control_ids else None
+
+    # self-checks
+
+    def check(self) -> None:
+        """Refuses a template that would train the wrong thing; run before every training. Raises TemplateError."""
+        rendered = self._render_one(SAMPLE, ())
+        prompt = self._template(SAMPLE[:1], (), generation=True)
+        encoding, prompt_ids = self._encode([rendered.text])[0], self._encode([prompt])[0].ids
+        ids = encoding.ids
+        if SAMPLE[1].content not in rendered.text[len(prompt) :]:
+            raise TemplateError(
+                f"the chat template ({self.template_name}) leaves the assistant's text out",
+                harm="The model would be trained on nothing.",
+                hint="Correct the template, or set chat.template: plain.",
+            )
+        if self._end_of_turn(rendered) is None:
+            raise TemplateError(
+                f"the chat template ({self.template_name}) ends the assistant's turn without an end-of-turn token",
+                harm="The model would never learn to stop.",
+                hint="Write {{ eos_token }} after the assistant's content, or set chat.template: plain"
+                + ("" if self.tokenizer.eos_token else " and give the tokenizer an eos_token (chat.add_tokens)")
+                + ".",
+            )
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise TemplateError(
+                "every sample begins with two beginning-of-text tokens",
+                harm="Other engines write one; the model would be served what it was not trained on.",
+                hint="Remove the literal token or {{ bos_token }} from the template.",
+            )
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise TemplateError(
+                "the tokenizer merges the end of the prompt with the beginning of the answer",
+                harm="At inference the prompt is encoded alone: the model would meet ids it was not trained on.",
+                hint="End the template's generation prompt with a newline or a control token.",
+            )
+
+
+def open_chat(base: str | Path, settings: ChatSettings | None = None, *, trust_remote_code: bool = False) -> Chat:
+    """The tokenizer and template of a model folder or hub id, checked."""
+    loaded = load_tokenizer(str(base), settings or ChatSettings(), trust_remote_code=trust_remote_code)
+    return Chat(loaded)

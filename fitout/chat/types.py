@@ -1,0 +1,102 @@
+"""What is said: parts, messages, conversations, pairs; and what they become: tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a message that is not plain text (an image, say): its type and a path or value."""
+
+    type: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `train` says whether an assistant turn is supervised; it has no effect on other roles.
+
+    `extra` carries what a template may read besides role and content: `tool_calls`, `name`, `reasoning_content`.
+    """
+
+    role: str
+    content: str
+    train: bool = True
+    parts: tuple[Part, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form chat templates take: role, content and the extras."""
+        return {"role": self.role, "content": self.content, **self.extra}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample came from: file, line (or row number, from 1) and sub-row when one row gives several samples."""
+
+    file: str
+    line: int
+    part: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" + (f"#{self.part}" if self.part else "")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A sample for supervised fine-tuning: messages in order, the last of them the assistant's.
+
+    `meta` keeps the row's other columns that later stages read (task, sub-task, language, choices).
+    """
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    tools: tuple[dict, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A sample for pretraining: plain text, every token of which is trained."""
+
+    text: str
+    origin: Origin
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: the same prompt with a better and a worse answer."""
+
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+    origin: Origin
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+Sample = Conversation | Text | Pair
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A rendered sample: token ids and, for each, whether it is trained (predicted from what stands before it).
+
+    `spans` are the characters [start, end) of each id in the rendered `text`; the token view draws them.
+    """
+
+    ids: list[int]
+    train_on: list[bool]
+    origin: Origin
+    text: str = ""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens are trained; the first token of a sample has nothing before it and cannot be."""
+        return sum(self.train_on[1:])

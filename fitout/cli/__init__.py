@@ -1,0 +1,1 @@
+"""The command line: it parses and draws; the verbs do the work."""

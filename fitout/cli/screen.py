@@ -1,0 +1,176 @@
+"""What people see: lines, a progress bar with the time left, result tables. Machines get one JSON object (--json)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..files import read_json
+from ..rundir import RunDir
+from ..verbs import Screen
+
+
+class Terminal:
+    """A screen for one verb. With `machine` everything but the last JSON object goes to standard error."""
+
+    def __init__(self, machine: bool):
+        self.machine = machine
+        self.console = Console(stderr=machine, highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        self.verbs = Screen(
+            say=self.say,
+            listeners=lambda: [TrainingBar(self)],
+            data_progress=self._data,
+            evaluation_progress=self._evaluation,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def say(self, line: str) -> None:
+        self.console.print(Text(line), soft_wrap=True)
+
+    def bar(self, name: str, total: int | None, done: int, note: str = "") -> None:
+        """Moves the bar `name`, making it first when it is not there; a full one is taken away."""
+        if name not in self._tasks:
+            self._tasks[name] = self.progress.add_task(name, total=total, note=note)
+        self.progress.update(self._tasks[name], completed=done, note=note)
+        if total is not None and done >= total:
+            self.progress.remove_task(self._tasks.pop(name))
+
+    def _data(self, stage: str, done: int) -> None:
+        if done >= 10_000:
+            self.bar(stage, None, done)
+
+    def _evaluation(self, what: str, done: int, total: int) -> None:
+        self.bar(what, total, done)
+
+    # results
+
+    def show_run(self, directory: RunDir) -> None:
+        """Where everything is, the scores when there are any, and what to do next."""
+        status = directory.read_status()
+        if self.machine:
+            print(json.dumps({"run": str(directory.path), **status, **_scores(directory)}, ensure_ascii=False))
+            return
+        result = self.verbs.facts.get("evaluation")
+        if result is not None:
+            from ..evaluate.report import summary_table
+
+            self.console.print(summary_table(result))
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for what, path in (
+            ("report", directory.evaluation_page),
+            ("data report", directory.data_page),
+            ("quarantine", directory.quarantine),
+            ("adapter", directory.adapter),
+            ("model", directory.model),
+            ("merged model", directory.merged),
+        ):
+            if path.exists():
+                table.add_row(what, Text(str(path)))
+        if directory.adapter.exists() or directory.model.exists():
+            table.add_row("talk with it", Text(f"fitout chat {directory.path}"))
+            table.add_row("serve it", Text(f"fitout serve {directory.path}"))
+        self.console.print(table)
+
+    def show_data(self, directory: RunDir) -> None:
+        if self.machine:
+            print(json.dumps({"run": str(directory.path), **read_json(directory.data_report)}, ensure_ascii=False))
+        else:
+            self.say(f"report: {directory.data_page}")
+
+    def show_facts(self, facts: dict[str, str]) -> None:
+        """Names and values, a line each."""
+        if self.machine:
+            print(json.dumps(facts, ensure_ascii=False))
+            return
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in facts.items():
+            table.add_row(name, Text(value))
+        self.console.print(table)
+
+
+def _scores(directory: RunDir) -> dict[str, Any]:
+    if not directory.evaluation_report.exists():
+        return {}
+    report = read_json(directory.evaluation_report)
+    return {"scores": report["scores"], "retention": report["retention"]}
+
+
+class TrainingBar:
+    """The training's progress: steps, time left, loss. A listener."""
+
+    def __init__(self, screen: Terminal):
+        self.screen = screen
+        self.total = 0
+        self.loss = ""
+
+    def start(self, info: dict[str, Any]) -> None:
+        self.total = info["total_steps"]
+        self.screen.bar("training", self.total, min(info["from_step"], self.total - 1))
+
+    def row(self, row: dict[str, Any]) -> None:
+        event = row.get("event")
+        if event is None:
+            note = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  {row['memory_mb']:,} MB"
+            self.screen.bar("training", self.total, row["step"], note)
+        elif event == "evaluated":
+            best = " (best)" if row["best"] else ""
+            self.screen.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}{best}")
+        elif event == "resumed":
+            self.screen.say(f"going on from step {row['step']}")
+            for problem in row["passed_over"]:
+                self.screen.say(f"  passed over a damaged checkpoint: {problem}")
+        elif event == "oom":
+            what = row.get("micro_batch_tokens")
+            self.screen.say(
+                f"memory ran out: micro-batches of {what:,} tokens from here (same steps, same order)"
+                if what
+                else "memory ran out: activations are recomputed from here"
+            )
+        elif event == "skipped":
+            self.screen.say(f"step {row['step']} skipped, {row['reason']}: {', '.join(row['rows'][:3])}")
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def open_screen(machine: bool = False) -> Iterator[Terminal]:
+    """A screen whose bars end with the block."""
+    terminal = Terminal(machine)
+    if terminal.console.is_terminal:
+        with terminal.progress:
+            yield terminal
+    else:
+        yield terminal
+
+
+def draw_findings(findings: Sequence[Any]) -> Table:
+    """Findings by severity, as `fitout data check` shows them."""
+    table = Table(box=None, pad_edge=False)
+    for head in ("severity", "rows", "finding", "for example"):
+        table.add_column(head)
+    styles = {"error": "red", "warning": "yellow", "info": "dim"}
+    for one in findings:
+        table.add_row(
+            Text(one.severity, style=styles[one.severity]),
+            str(one.count),
+            Text(one.message),
+            Text(", ".join(map(str, one.origins[:2]))),
+        )
+    return table

@@ -1,0 +1,182 @@
+"""Recipe: the rooms' settings put together; loading, `--set`, and every fault at once with the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .chat import ChatSettings
+from .data import DataSettings
+from .errors import RecipeError, RequestError
+from .evaluate import EvaluateSettings
+from .export import ExportSettings
+from .model import ModelSettings
+from .model.methods import LoraSettings, MethodSettings
+from .objectives import ObjectiveSettings, SftSettings
+from .train import TrainSettings
+
+
+class Recipe(BaseModel):
+    """Everything one run needs. Each section belongs to the room of its name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory, runs/NAME")
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings
+    chat: ChatSettings = Field(default_factory=ChatSettings)
+    method: MethodSettings = Field(default_factory=LoraSettings)
+    objective: ObjectiveSettings = Field(default_factory=SftSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    export: ExportSettings = Field(default_factory=ExportSettings)
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, changes: list[str] | None = None) -> Recipe:
+    """Reads a recipe and applies `--set` changes. Relative paths in it are taken from the recipe's folder.
+
+    Raises RequestError when the file cannot be read, RecipeError with every fault in it at once.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        raise RequestError(
+            "there is no such recipe",
+            where=str(path),
+            hint=f"Did you mean {path.parent / near[0]}?" if near else "Write one with: fitout init DATA_FILE",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the recipe cannot be read: {error}", where=str(path)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RequestError(
+            f"this is not YAML: {getattr(error, 'problem', error)}", where=where, hint="Check the indentation there."
+        ) from None
+    if not isinstance(raw, dict):
+        raise RequestError("a recipe is a YAML mapping (name:, data:, ...)", where=str(path))
+    for change in changes or []:
+        _apply(raw, change)
+    return build(raw, folder=path.parent, where=str(path))
+
+
+def build(raw: dict[str, Any], *, folder: Path | None = None, where: str = "") -> Recipe:
+    """A recipe from plain values, checked; relative paths that exist below `folder` are made absolute."""
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_faults(error, raw), where=where) from None
+    if folder is not None:
+        _anchor_paths(recipe, folder)
+    return recipe
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    """`--set a.b=c`: the value is YAML; a number in the path is a list index."""
+    key, equals, value = change.partition("=")
+    if not equals or not key:
+        raise RequestError(f"--set takes KEY=VALUE, not {change!r}", hint="For example: --set train.lr=1e-4")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
+        parsed = float(parsed)  # YAML 1.1 reads 1e-4 as text
+    *path, last = key.split(".")
+    at: Any = raw
+    for step in path:
+        at = at[int(step)] if isinstance(at, list) and step.isdigit() else at.setdefault(step, {})
+        if not isinstance(at, dict | list):
+            raise RequestError(f"--set {key}: {step} is not a section", hint="See the recipe's keys.")
+    if isinstance(at, list):
+        at[int(last)] = parsed
+    else:
+        at[last] = parsed
+
+
+def _anchor_paths(recipe: Recipe, folder: Path) -> None:
+    """Relative paths that exist below the recipe's folder become absolute; others are left to the working directory."""
+
+    def anchored(value: str) -> str:
+        return str((folder / value).resolve()) if not Path(value).is_absolute() and (folder / value).exists() else value
+
+    for source in recipe.data.sources:
+        source.path = anchored(source.path)
+    recipe.model.base = anchored(recipe.model.base)
+    if recipe.model.adapter:
+        recipe.model.adapter = anchored(recipe.model.adapter)
+    if recipe.chat.template.endswith(".jinja"):
+        recipe.chat.template = anchored(recipe.chat.template)
+    if recipe.evaluate.retention not in ("default", "off"):
+        recipe.evaluate.retention = anchored(recipe.evaluate.retention)
+
+
+def _faults(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """One line a fault: where, what, and for a key that is not known the nearest that is."""
+    lines = []
+    for fault in error.errors():
+        path = [p for p in fault["loc"] if p not in ("full", "lora", "sft", "pretrain")]
+        key = ".".join(str(p) for p in path)
+        if fault["type"] == "extra_forbidden":
+            known = _known_keys(path[:-1], raw)
+            near = difflib.get_close_matches(str(path[-1]), known, 1, cutoff=0.5)
+            say = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"{key}: there is no such key; {say}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key}: is missing")
+        elif fault["type"] in ("literal_error", "union_tag_invalid"):
+            expected = fault["ctx"].get("expected") or fault["ctx"].get("expected_tags")
+            lines.append(f"{key}: {fault['input']!r} is not one of {expected}" if fault["type"] == "literal_error"
+                         else f"{key}.kind: {fault['ctx']['tag']!r} is not one of {expected}")  # fmt: skip
+        elif fault["type"] == "union_tag_not_found":
+            lines.append(f"{key}: needs a kind, for example {key}: {{kind: {'lora' if key == 'method' else 'sft'}}}")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{key or 'recipe'}: {message[0].lower()}{message[1:]} (given: {str(fault['input'])[:60]})")
+    return lines
+
+
+def _known_keys(path: list[Any], raw: dict[str, Any]) -> list[str]:
+    """The keys that the section at `path` may have."""
+    model: Any = Recipe
+    at: Any = raw
+    for step in path:
+        if isinstance(step, int):
+            at = at[step]
+            continue
+        at = at.get(step, {}) if isinstance(at, dict) else {}
+        model = _section(model, step, at)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _section(model: Any, key: str, value: Any) -> Any:
+    """The settings class behind a key: itself, a list's element, or the union's member that `kind` names."""
+    from typing import get_args
+
+    found: list[Any] = []
+
+    def collect(annotation: Any) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.append(annotation)
+        for inner in get_args(annotation):
+            collect(inner)
+
+    collect(model.model_fields[key].annotation if key in model.model_fields else None)
+    if len(found) > 1 and isinstance(value, dict):
+        for member in found:
+            if member.model_fields["kind"].default == value.get("kind"):
+                return member
+    return found[0] if found else None

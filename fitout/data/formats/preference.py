@@ -1,0 +1,89 @@
+"""Preference pairs: the same prompt with a chosen and a rejected answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...chat.types import Message, Origin, Pair, Sample
+from . import openai, sharegpt
+from .alpaca import history
+from .openai import TURNS
+from .plug import Columns, Row, RowError, first_key, parsed, renamed, rest, text
+from .prompt_completion import PROMPTS
+from .turns import check_order, turn_list, with_system
+
+
+class Preference:
+    """Answers are text, one message (OpenAI or ShareGPT form) or whole conversations that differ only in the last turn.
+
+    The prompt is what the conversations share; else `conversations` or `messages`; else `prompt` (or question, ...);
+    else `instruction` and `input`.
+    """
+
+    name = "preference"
+    keys = "chosen, rejected, and conversations, messages, prompt or instruction"
+    fields: tuple[str, ...] = (
+        "chosen",
+        "rejected",
+        "conversations",
+        "messages",
+        "prompt",
+        "instruction",
+        "input",
+        "history",
+        "system",
+    )
+
+    def matches(self, row: Row) -> bool:
+        return "chosen" in row and "rejected" in row
+
+    def convert(self, row: Row, origin: Origin, columns: Columns | None = None) -> list[Sample]:
+        row = renamed(row, columns)
+        for key in ("chosen", "rejected"):
+            if row.get(key) is None:
+                raise RowError(f"no `{key}`")
+        chosen, rejected = read_answer(row["chosen"], "chosen"), read_answer(row["rejected"], "rejected")
+        if chosen[:-1] != rejected[:-1]:
+            raise RowError("`chosen` and `rejected` answer different prompts")
+        asked, used = (chosen[:-1], ()) if len(chosen) > 1 else read_prompt(row)
+        prompt = with_system(asked, text(row, "system"))
+        for answer in (chosen[-1], rejected[-1]):
+            check_order([*prompt, answer])
+        if chosen[-1] == rejected[-1]:
+            raise RowError("`chosen` and `rejected` are the same")
+        meta = rest(row, {"chosen", "rejected", "system", *used})
+        return [Pair(tuple(prompt), chosen[-1], rejected[-1], origin, meta)]
+
+
+def read_answer(value: Any, key: str) -> list[Message]:
+    """The messages of an answer, the last of them the assistant's."""
+    if isinstance(value, str):
+        return [Message("assistant", value)]
+    messages = read_messages([value] if isinstance(value, dict) else value, key)
+    if not messages or messages[-1].role != "assistant":
+        raise RowError(f"`{key}` does not end with an assistant turn")
+    return messages
+
+
+def read_prompt(row: Row) -> tuple[list[Message], tuple[str, ...]]:
+    """The messages before the answer, and the columns they came from."""
+    key = next((key for key in TURNS if row.get(key)), None)
+    if key:
+        return read_messages(parsed(row[key], f"`{key}`"), key), (key,)
+    if row.get("instruction") is not None:
+        asked = "\n".join(part for part in (text(row, "instruction"), text(row, "input")) if part)
+        return [*history(row.get("history")), Message("user", asked)], ("instruction", "input", "history")
+    key = first_key(row, PROMPTS)
+    if key is None:
+        raise RowError("no prompt: neither `conversations`, `messages`, `prompt` nor `instruction`")
+    if isinstance(row[key], list):
+        return read_messages(row[key], key), (key,)
+    return [Message("user", text(row, key))], (key,)
+
+
+def read_messages(value: Any, key: str) -> list[Message]:
+    """Messages of either form, told apart turn by turn."""
+    return [
+        (sharegpt if "from" in turn else openai).message(turn, number)
+        for number, turn in enumerate(turn_list(value, key), 1)
+    ]

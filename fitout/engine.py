@@ -1,0 +1,538 @@
+"""GENERATE. One loaded model and its chat: answers in batches, answers as a stream, likelihoods of given answers.
+
+Everything that talks to a model goes through here: evaluation, the terminal chat, the server. Prompts become ids in
+`fitout.chat` only, so what is generated from is, id for id, what was trained.
+
+A batch is left-padded, rows are ordered by length, and a row leaves the batch when its answer ends. Row by row the
+result is the one the row would have alone: padding is masked, positions start at each row's own first token, and every
+row draws from its own random stream.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .chat.types import Conversation, Message, Origin, Text
+from .errors import CheckError, RequestError
+from .files import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .chat.render import Chat
+
+Prompt = Conversation | Sequence[Message]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+PREFILL = 1024  # tokens a row per forward while reading a prompt: bounds memory, and how long a cancel waits
+LOGITS = 1 << 26  # entries of one logits tensor when scoring (256 MiB in fp32)
+HALF = "\ufffd"  # what a decoder writes for bytes that are not a whole character
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. `ids` are all generated ids, the end-of-turn id among them; `text` has neither it nor a stop string.
+
+    `error` is None, or says why this row could not be generated at all (its text is empty then).
+    """
+
+    text: str
+    ids: list[int]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    error: str | None = None
+
+
+class Stream:
+    """An answer in the making: iterate for pieces of text; afterwards `completion` holds the whole."""
+
+    def __init__(self, pieces: Iterator[str], answer: _Answer, prompt_tokens: int):
+        self._pieces = pieces
+        self._answer = answer
+        self.prompt_tokens = prompt_tokens
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    @property
+    def completion(self) -> Completion | None:
+        """The answer once it has ended, None before."""
+        return self._answer.completion(self.prompt_tokens) if self._answer.finish_reason else None
+
+
+class Engine:
+    """A model in evaluation mode (attention "sdpa" or "eager") with the chat whose ids it was trained on."""
+
+    def __init__(self, model: PreTrainedModel, chat: Chat):
+        self.model = model
+        self.chat = chat
+        text_config = model.config.get_text_config(decoder=True)
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._vocabulary: int = text_config.vocab_size
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+    @classmethod
+    def open(
+        cls,
+        what: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> Engine:
+        """Loads a run directory, a model folder, a hub id or `embedded:shell`, with an adapter over it if given.
+
+        Raises ModelError when it cannot be loaded, TemplateError when its chat template does not render.
+        """
+        from .chat.render import open_chat
+        from .model.load import open_model, resolve
+
+        parts = resolve(what, adapter=adapter)
+        model = open_model(what, adapter=adapter, precision=precision, trust_remote_code=trust_remote_code)
+        return cls(model, open_chat(parts.chat_folder))
+
+    def generate(
+        self,
+        conversations: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        batch_size: int = 16,
+        tools: Sequence[dict] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Answers every conversation, in the order given.
+
+        A Conversation that ends in an assistant's turn is asked without that turn (it is the reference) and with its
+        own tools; a bare sequence of messages is taken whole, with `tools`. `temperature` 0 is greedy. A prompt that
+        fills the context gives a row with `error`, never a shortened prompt. `progress(done, total)` follows rows.
+
+        Raises TemplateError when a text spells a control token, RequestError for settings out of range.
+        """
+        prompts = [self._prompt_ids(conversation, tools) for conversation in conversations]
+        sampler = _Sampler(temperature, top_p, seed)
+        return self._answer_all(prompts, self.chat.stop_ids, max_new_tokens, sampler, stop, batch_size, progress)
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        batch_size: int = 16,
+        stop: Sequence[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Greedy continuation of plain texts, without a template; ends at the end of document or of a turn."""
+        rows = [self._text_ids(prompt) for prompt in prompts]
+        return self._answer_all(
+            rows, self._end_ids(), max_new_tokens, _Sampler(0.0, 1.0, None), stop, batch_size, progress
+        )
+
+    def stream(
+        self,
+        messages: Prompt,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        tools: Sequence[dict] = (),
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Stream:
+        """One answer, piece by piece. The prompt is checked here; generation runs as the Stream is iterated.
+
+        Pieces are whole characters, and no part of a stop string ever appears. `cancelled` is asked before every token.
+        Raises RequestError when the prompt fills the context, TemplateError when a text spells a control token.
+        """
+        prompt = self._prompt_ids(messages, tools)
+        if fault := self._fault(prompt):
+            raise RequestError(
+                fault,
+                harm="A shortened prompt would be answered as if it were the whole one.",
+                hint="Shorten the conversation.",
+            )
+        sampler = _Sampler(temperature, top_p, seed)
+        answer = _Answer(self.chat.decode, self.chat.stop_ids, stop, self._room(prompt, max_new_tokens), watched=True)
+        return Stream(self._pieces(prompt, answer, sampler, cancelled), answer, len(prompt))
+
+    def choose(
+        self,
+        conversations: Sequence[Prompt],
+        choices: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        batch_size: int = 16,
+        tools: Sequence[dict] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[float]]:
+        """log p(choice as the whole answer | conversation), summed over its tokens and the end of the turn.
+
+        `choices` are the same for all conversations, or one list each; the result has their shape. What the choices of
+        one conversation have in common (the prompt) is computed once. Raises RequestError when one does not fit.
+        """
+        shared = not choices or isinstance(choices[0], str)
+        every: list[Sequence[str]] = [choices if shared else choices[row] for row in range(len(conversations))]  # type: ignore[misc]
+        scores = []
+        for row, (conversation, options) in enumerate(zip(conversations, every, strict=True)):
+            scores.append(self._choose(conversation, options, batch_size, tools, row))
+            if progress:
+                progress(row + 1, len(conversations))
+        return scores
+
+    @torch.no_grad()
+    def token_log_probs(self, texts: Sequence[str], max_length: int, *, batch_size: int = 16) -> list[list[float]]:
+        """log p(token | the tokens before it) for every token of each text but its first.
+
+        Long texts are read in windows of at most `max_length` tokens (and no more than the context), each beginning
+        with the last token of the one before, so every token is scored exactly once: a text of n tokens gives n-1
+        numbers.
+        """
+        width = min(max_length, self.context or max_length)
+        if width < 2:
+            raise RequestError(f"max_length {max_length} leaves nothing to predict", hint="Use at least 2.")
+        texts_ids = [self._text_ids(text) for text in texts]
+        windows = [
+            (text, start, ids[start : start + width])
+            for text, ids in enumerate(texts_ids)
+            for start in range(0, max(len(ids) - 1, 0), width - 1)
+        ]
+        scores: list[list[float]] = [[0.0] * max(len(ids) - 1, 0) for ids in texts_ids]
+        windows.sort(key=lambda window: len(window[2]))
+        for chunk in _chunks(windows, batch_size):
+            rows = self._score(_Rows(self, len(chunk)), [ids for _, _, ids in chunk])
+            for (text, start, ids), row in zip(chunk, rows, strict=True):
+                scores[text][start : start + len(ids) - 1] = row
+        return scores
+
+    # prompts
+
+    def _prompt_ids(self, prompt: Prompt, tools: Sequence[dict]) -> list[int]:
+        messages, tools = _question(prompt, tools)
+        return self.chat.prompt_ids(messages, tools)
+
+    def _text_ids(self, text: str) -> list[int]:
+        """A plain text as pretraining spells it, but open at its end."""
+        ids = self.chat.text_ids([Text(text, Origin("text", 1))])[0].ids
+        return ids[:-1] if ids and ids[-1] == self.chat.tokenizer.eos_token_id else ids
+
+    def _end_ids(self) -> tuple[int, ...]:
+        end = self.chat.tokenizer.eos_token_id
+        return self.chat.stop_ids if end is None else (*self.chat.stop_ids, end)
+
+    def _fault(self, prompt: list[int]) -> str | None:
+        """Why a prompt cannot be answered, or None."""
+        if not prompt:
+            return "the prompt is empty: there is nothing to continue"
+        if self.context is not None and len(prompt) >= self.context:
+            return f"the prompt has {len(prompt)} tokens, the model's context holds {self.context} with the answer"
+        return None
+
+    def _room(self, prompt: list[int], max_new_tokens: int) -> int:
+        """How many tokens may follow."""
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens}", hint="Use at least 1.")
+        return max_new_tokens if self.context is None else min(max_new_tokens, self.context - len(prompt))
+
+    # generating
+
+    def _answer_all(
+        self,
+        prompts: list[list[int]],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        sampler: _Sampler,
+        stop: Sequence[str],
+        batch_size: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[Completion]:
+        answers = [
+            _Answer(self.chat.decode, stop_ids, stop, self._room(prompt, max_new_tokens), error=self._fault(prompt))
+            for prompt in prompts
+        ]
+        todo = [row for row, answer in enumerate(answers) if answer.error is None]
+        todo.sort(key=lambda row: -len(prompts[row]))  # longest first: a batch too large for memory fails at once
+        for chunk in _chunks(todo, batch_size):
+            for _ in self._steps([prompts[row] for row in chunk], [answers[row] for row in chunk], chunk, sampler):
+                pass
+            if progress:
+                progress(sum(answer.finish_reason is not None for answer in answers), len(answers))
+        return [answer.completion(len(prompt)) for answer, prompt in zip(answers, prompts, strict=True)]
+
+    def _pieces(
+        self, prompt: list[int], answer: _Answer, sampler: _Sampler, cancelled: Callable[[], bool]
+    ) -> Iterator[str]:
+        shown = 0
+        for _ in self._steps([prompt], [answer], [0], sampler):
+            if len(answer.settled) > shown:
+                yield answer.settled[shown:]
+                shown = len(answer.settled)
+            if answer.finish_reason is None and cancelled():
+                answer.end("cancelled")  # before the next forward
+        if len(answer.settled) > shown:
+            yield answer.settled[shown:]
+
+    @torch.no_grad()
+    def _steps(
+        self, prompts: list[list[int]], answers: list[_Answer], streams: Sequence[int], sampler: _Sampler
+    ) -> Iterator[None]:
+        """Runs a batch until every answer has ended; yields before each forward, and once at the end.
+
+        `streams` name the random stream of each row.
+        """
+        rows = _Rows(self, [max(map(len, prompts)) - len(prompt) for prompt in prompts])
+        live = list(range(len(prompts)))
+        ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(rows.pads.tolist(), prompts, strict=True)])
+        while True:
+            for piece in ids.split(PREFILL, dim=1):
+                yield
+                if all(answer.finish_reason for answer in answers):
+                    return
+                logits = rows.extend(piece, keep=1)[:, -1]
+            tokens = sampler.pick(logits, [streams[row] for row in live])
+            for row, token in zip(live, tokens, strict=True):
+                answers[row].add(token)
+            kept = [at for at, row in enumerate(live) if answers[row].finish_reason is None]
+            if not kept:
+                yield
+                return
+            if len(kept) < len(live):
+                rows.select(kept)
+                live = [live[at] for at in kept]
+            ids = torch.tensor([[tokens[at]] for at in kept])
+
+    # scoring
+
+    @torch.no_grad()
+    def _choose(
+        self, conversation: Prompt, options: Sequence[str], batch_size: int, tools: Sequence[dict], number: int
+    ) -> list[float]:
+        rendered = self._with_answers(conversation, options, tools)
+        if longest := max((len(ids) for ids, _ in rendered if self.context and len(ids) > self.context), default=0):
+            raise RequestError(
+                f"conversation {number + 1} has {longest} tokens with an answer, the context holds {self.context}",
+                harm="Its likelihood would be that of another text.",
+                hint="Shorten or drop the conversation.",
+            )
+        scores: list[float] = []
+        for chunk in _chunks(rendered, batch_size):
+            # The prompt once, then the answers; the last token in common is fed to each, as it predicts what differs.
+            common = min(_common([ids for ids, _ in chunk]), *(_first(trained) for _, trained in chunk)) - 1
+            rows = _Rows(self, 1)
+            for piece in torch.tensor([chunk[0][0][:common]]).split(PREFILL, dim=1) if common > 0 else ():
+                rows.extend(piece, keep=1)
+            rows.select([0] * len(chunk))
+            common = max(common, 0)
+            for (_, trained), row in zip(chunk, self._score(rows, [ids[common:] for ids, _ in chunk]), strict=True):
+                scores.append(math.fsum(p for p, train in zip(row, trained[common + 1 :], strict=True) if train))
+        return scores
+
+    def _with_answers(
+        self, prompt: Prompt, answers: Sequence[str], tools: Sequence[dict]
+    ) -> list[tuple[list[int], list[bool]]]:
+        """The ids of a conversation with each answer, and which of them are the answer (and the end of its turn)."""
+        messages, tools = _question(prompt, tools)
+        asked = tuple(replace(message, train=False) for message in messages)
+        origin = prompt.origin if isinstance(prompt, Conversation) else Origin("choose", 1)
+        whole = [Conversation((*asked, Message("assistant", answer)), origin, tuple(tools)) for answer in answers]
+        return [(tokens.ids, tokens.train_on) for (tokens,) in self.chat.render_many(whole)]
+
+    def _score(self, rows: _Rows, continuations: list[list[int]]) -> list[list[float]]:
+        """For each row, the log-probability of every id of its continuation after the first: (B, lengths - 1)."""
+        longest = max(map(len, continuations))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in continuations])  # causal: the tail is not seen
+        scores = []
+        for piece, following in zip(
+            *(part.split(max(1, LOGITS // (len(ids) * self._vocabulary)), dim=1) for part in (ids[:, :-1], ids[:, 1:])),
+            strict=True,
+        ):
+            logits = rows.extend(piece, keep=piece.shape[1])
+            chosen = logits.gather(-1, following.to(logits.device)[..., None])[..., 0]
+            scores.append((chosen - logits.logsumexp(-1)).cpu())
+        table = torch.cat(scores, dim=1).tolist() if longest > 1 else [[] for _ in continuations]
+        return [row[: len(ids) - 1] for row, ids in zip(table, continuations, strict=True)]
+
+
+class _Rows:
+    """Rows in flight: their key-value cache, and how many padding tokens stand before each."""
+
+    def __init__(self, engine: Engine, pads: int | list[int]):
+        from transformers import DynamicCache
+
+        self._engine = engine
+        self._device = engine.model.device
+        self._cache = DynamicCache(config=engine.model.config)
+        self._seen = 0
+        self.pads = torch.tensor([0] * pads if isinstance(pads, int) else pads, device=self._device)
+
+    def extend(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
+        """Reads `ids` (B, T) after what was read before; the logits (B, keep, V) of the last `keep`, in fp32."""
+        end = self._seen + ids.shape[1]
+        places = torch.arange(end, device=self._device)
+        positions = (places[self._seen :] - self.pads[:, None]).clamp(min=0)
+        mask = (places >= self.pads[:, None]).long() if bool(self.pads.any()) else None
+        logits = self._engine.model(
+            input_ids=ids.to(self._device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            **({"logits_to_keep": keep} if self._engine._keeps_logits else {}),
+        ).logits
+        self._seen = end
+        return logits[:, -keep:].float()
+
+    def select(self, rows: list[int]) -> None:
+        """Goes on with these rows, in this order; a row may be taken several times."""
+        index: Any = torch.tensor(rows, device=self._device)
+        self._cache.reorder_cache(index)
+        self.pads = self.pads[index]
+
+
+class _Answer:
+    """One answer growing token by token: when it ends, and which of its text is settled."""
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop_ids: Sequence[int],
+        stop: Sequence[str],
+        limit: int,
+        *,
+        watched: bool = False,
+        error: str | None = None,
+    ):
+        if "" in stop:
+            raise RequestError("a stop string is empty", hint="Leave it out.")
+        self.ids: list[int] = []
+        self.error = error
+        self.finish_reason: FinishReason | None = "length" if error else None
+        self.settled = ""
+        self._decode = decode
+        self._stop_ids = frozenset(stop_ids)
+        self._stop = tuple(stop)
+        self._limit = limit
+        self._watched = watched or bool(stop)  # otherwise the text is only read at the end
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        if token in self._stop_ids:
+            self.end("stop")
+        elif self._watched and self._settle(whole=False):
+            self.finish_reason = "stop"
+        elif len(self.ids) == self._limit:
+            self.end("length")
+
+    def end(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        if self._settle(whole=True):
+            self.finish_reason = "stop"
+
+    def completion(self, prompt_tokens: int) -> Completion:
+        return Completion(self.settled, self.ids, prompt_tokens, self.finish_reason or "cancelled", self.error)
+
+    def _settle(self, whole: bool) -> bool:
+        """Settles text up to what may still change; `whole` when nothing follows. True when a stop string is reached.
+
+        What may change: bytes that are not a character yet, and an ending that may become a stop string. What was
+        settled once stays. An answer cut inside a character ends before it; `ids` has its bytes.
+        """
+        ended = bool(self.ids) and self.ids[-1] in self._stop_ids
+        text = self._decode(self.ids[:-1] if ended else self.ids)
+        if not ended:
+            text = text.rstrip(HALF)
+        # A decoder may spell earlier bytes anew when broken ones follow; only what is beyond the settled part counts.
+        found = [at for stop in self._stop if (at := text.find(stop, len(self.settled))) >= 0]
+        if found:
+            text = text[: min(found)]
+        elif not whole:
+            text = text[: len(text) - _overlap(text, self._stop)]
+        self.settled += text[len(self.settled) :]
+        return bool(found)
+
+
+class _Sampler:
+    """Picks the next tokens: the likeliest at temperature 0, else from the nucleus (Holtzman et al. 2019, 1904.09751).
+
+    Each row draws from a random stream keyed by the seed and the row's number, so its draws do not depend on the batch.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: int | None):
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise RequestError(f"temperature is {temperature}", hint="Use 0 (greedy) or a positive number.")
+        if not 0 < top_p <= 1:
+            raise RequestError(f"top_p is {top_p}", hint="Use a number above 0, at most 1.")
+        self._temperature = temperature
+        self._top_p = top_p
+        self._seed = secrets.randbits(63) if seed is None else seed
+        self._streams: dict[int, torch.Generator] = {}
+
+    def pick(self, logits: torch.Tensor, streams: Sequence[int]) -> list[int]:
+        """One token id for each row of `logits` (B, V)."""
+        best, ids = logits.max(dim=-1)
+        if bool(best.isnan().any()):
+            raise CheckError(
+                "the model's logits are not numbers (NaN)",
+                harm="Any token picked from them would mean nothing.",
+                hint="Check the weights (was the training stable?), or load with precision fp32.",
+            )
+        if self._temperature == 0:
+            return ids.tolist()
+        probabilities = ((logits - best[:, None]).double() / self._temperature).softmax(-1)
+        order = None
+        if self._top_p < 1:
+            probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        below = probabilities.cumsum(-1)
+        # The nucleus: the likeliest tokens, as few as reach top_p; a token is in it when those before it do not.
+        kept = (below - probabilities < self._top_p).sum(-1) if order is not None else torch.tensor([logits.shape[-1]])
+        mass = below.gather(-1, (kept.to(below.device).expand(len(below)) - 1)[:, None])
+        draw = torch.tensor([[self._draw(stream)] for stream in streams], dtype=torch.float64).to(below.device)
+        place = torch.searchsorted(below, draw * mass, right=True)
+        place = torch.minimum(place, torch.searchsorted(below, mass))  # never past the last token that has weight
+        return (place if order is None else order.gather(-1, place))[:, 0].tolist()
+
+    def _draw(self, stream: int) -> float:
+        """The next number of a stream, in [0, 1)."""
+        if stream not in self._streams:
+            key = int(fingerprint("sample", self._seed, stream)[:15], 16)
+            self._streams[stream] = torch.Generator().manual_seed(key)
+        return torch.rand(1, generator=self._streams[stream], dtype=torch.float64).item()
+
+
+def _question(prompt: Prompt, tools: Sequence[dict]) -> tuple[Sequence[Message], Sequence[dict]]:
+    """What is asked: the messages without the reference answer, and the tools."""
+    if not isinstance(prompt, Conversation):
+        return prompt, tools
+    messages = prompt.messages
+    return (messages[:-1] if messages and messages[-1].role == "assistant" else messages), prompt.tools
+
+
+def _chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _common(rows: list[list[int]]) -> int:
+    """The length of the beginning that all rows have in common."""
+    first, last = min(rows), max(rows)  # in lexicographic order, whatever these two share all share
+    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def _first(trained: list[bool]) -> int:
+    return trained.index(True) if True in trained else len(trained)
+
+
+def _overlap(text: str, stop: Sequence[str]) -> int:
+    """The length of the longest ending of `text` with which a stop string begins."""
+    return max((n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)

@@ -1,0 +1,160 @@
+"""Files: atomic writes, JSON lines, hashes, and the one guard against paths that leave their folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import FitoutError, RequestError
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a power loss (POSIX: fsync the directory)."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turns an operating-system error into one that names the path and the cause."""
+    try:
+        yield
+    except OSError as error:
+        raise FitoutError(
+            f"cannot {doing}: {error.strerror or error}",
+            where=str(path),
+            harm="Nothing half-written is left behind; what was complete before still is.",
+            hint="Free some space or choose another folder with --out, then run the same command again.",
+        ) from error
+
+
+@contextmanager
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
+    """Opens `path` for writing so that readers see the old content or the new, never a part.
+
+    The data go to a sibling, are synced, and renamed over `path`. On any error the sibling is removed.
+    """
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with explain_os_errors(path, "write"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(staging, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staging, path)
+            sync_folder(path.parent)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty sibling folder to fill; when the block ends well it is synced and takes the place of `path`.
+
+    A reader sees the old folder or the complete new one. (Between the two renames of a replacement neither is there;
+    the old one is only removed after the new one is in place.)
+    """
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    with explain_os_errors(path, "write"):
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            yield staging
+            for file in sorted(staging.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+                else:
+                    sync_folder(file)
+            sync_folder(staging)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(staging, path)
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Removes what a killed process left half-written in `folder`; returns the names."""
+    names = []
+    for path in sorted(Path(folder).glob(".*")):
+        if path.name.endswith((".part", ".old")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            names.append(path.name)
+    return names
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_open(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
+    """Writes one object a line, atomically; returns how many."""
+    count = 0
+    with atomic_open(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Reads our own JSON lines; a torn last line (a kill while appending) is left out."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of JSON-able parts (20 hex digits of SHA-256)."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused when it would lie outside `folder` (`..`, absolute paths, links)."""
+    root = Path(folder).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise RequestError(
+            f"{name!r} points outside {root}",
+            harm="Following it could read or overwrite files that are not part of this work.",
+            hint="Use a plain file name.",
+        )
+    return path

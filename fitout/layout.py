@@ -1,0 +1,55 @@
+"""Layout: what one forward pass computes. Shared by data (which makes them), model and objectives (which read them).
+
+A layout is one row of T tokens that holds several documents, each a *segment*. A segment attends causally to itself and
+fully to its ancestors (`parent`), so samples with a common beginning can share it as a tree. There is no padding and no
+label tensor: what is trained is a list of *targets*, each (position, token, weight, sample), and nothing is ever shifted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, end) of a layout; `parent` is the index of the segment it continues, or -1."""
+
+    start: int
+    end: int
+    parent: int = -1
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One forward's worth of tokens.
+
+    ids            (T,) int64    token ids
+    positions      (T,) int64    position of each token in its own document (restarts; continues in a branch)
+    segments       tuple of Segment, parents before children, covering [0, T)
+    target_at      (N,) int64    the position whose logits predict ...
+    target_token   (N,) int64    ... this token ...
+    target_weight  (N,) float32  ... with this weight in the loss ...
+    target_sample  (N,) int64    ... on behalf of this sample (its row in the prepared store)
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: tuple[Segment, ...]
+    target_at: np.ndarray
+    target_token: np.ndarray
+    target_weight: np.ndarray
+    target_sample: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def supervised(self) -> int:
+        return len(self.target_at)

@@ -1,0 +1,95 @@
+"""Packed, prefix-sharing attention, registered with transformers under the name `fitout`.
+
+Every architecture that calls transformers' attention interface can use it: the forward passes `segments=...` through to
+each layer, no mask is made, and each document attends to itself (causally) and to the documents it continues (fully).
+On CPU this is one SDPA call a document, which does no work between documents: a dense mask over a block of 16 documents
+costs about ten times as much (measured in ../benchmarks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ModelError
+from ..layout import Segment
+
+NAME = "fitout"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Sequence[Segment] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention within each segment and to its ancestors.
+
+    query (1, H, T, D), key and value (1, K, T, D) with H a multiple of K; returns (1, T, H, D) as transformers expects.
+    `sliding_window` w lets a token see itself and the w - 1 tokens before it in its own document.
+    """
+    if softcap is not None:
+        raise ModelError(
+            "this model caps its attention scores (softcap), which packed attention does not compute",
+            harm="Leaving the cap out would train another model than the one that is served.",
+            hint="Set data.packing: false for this model.",
+        )
+    if segments is None:
+        segments = (Segment(0, query.shape[2]),)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
+    lengths = [segment.length for segment in segments]
+    queries, keys, values = query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)
+    outputs = []
+    for index, segment in enumerate(segments):
+        family = _lineage(segments, index)
+        k = keys[index] if len(family) == 1 else torch.cat([keys[i] for i in family], 2)
+        v = values[index] if len(family) == 1 else torch.cat([values[i] for i in family], 2)
+        windowed = sliding_window is not None and k.shape[2] > sliding_window
+        mask = _mask(segment.length, k.shape[2], sliding_window, query.device) if len(family) > 1 or windowed else None
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries[index], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            )
+        )
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _repeat_heads(states: Tensor, groups: int) -> Tensor:
+    batch, heads, length, width = states.shape
+    return states[:, :, None].expand(batch, heads, groups, length, width).reshape(batch, heads * groups, length, width)
+
+
+def _lineage(segments: Sequence[Segment], index: int) -> list[int]:
+    """The segment's ancestors from the root down, then itself."""
+    line = [index]
+    while segments[line[-1]].parent >= 0:
+        line.append(segments[line[-1]].parent)
+    return line[::-1]
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) True where the query, standing at the end of the keys, may look."""
+    at = torch.arange(keys - queries, keys, device=device)[:, None]
+    seen = torch.arange(keys, device=device)[None, :]
+    allowed = seen <= at
+    return allowed if window is None else allowed & (seen > at - window)
+
+
+def register() -> None:
+    """Makes `attn_implementation="fitout"` known to transformers. No mask function: transformers then makes no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)

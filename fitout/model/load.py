@@ -1,0 +1,207 @@
+"""Finding and loading models: a folder, a hub id, the embedded one, or a run directory with what it trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from ..files import atomic_open, read_json
+from ..rundir import RunDir
+from . import EMBEDDED
+from .attention import NAME as PACKED
+from .attention import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHELL = Path(__file__).parents[1] / "demo" / "shell"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a model's parts are: weights, an adapter over them (or None), tokenizer and template."""
+
+    base: str
+    adapter: Path | None
+    chat_folder: str
+
+
+def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
+    """Finds what a user means: `embedded:shell`, a run directory, an adapter folder, a model folder, or a hub id."""
+    name = str(what)
+    if name == EMBEDDED:
+        return Resolved(str(SHELL), _adapter_folder(adapter), str(SHELL))
+    path = Path(what)
+    if not path.exists():
+        if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+            raise ModelError(
+                "there is no such model folder or run",
+                where=name,
+                hint="Give a folder with config.json and *.safetensors, a run directory, a hub id (owner/name), "
+                f"or {EMBEDDED}.",
+            )
+        return Resolved(name, _adapter_folder(adapter), name)
+    run = RunDir(path)
+    if run.exists():
+        if adapter is None and (run.merged / "config.json").exists():
+            return Resolved(str(run.merged), None, str(run.merged))
+        if (run.model / "config.json").exists():
+            return Resolved(str(run.model), _adapter_folder(adapter), str(run.model))
+        if not (run.adapter / "adapter_config.json").exists():
+            raise ModelError(
+                "this run has no adapter/, model/ or merged/ yet",
+                where=name,
+                hint="Let it finish with `fitout run` or `fitout train --resume`.",
+            )
+        path = run.adapter
+    if (path / "adapter_config.json").exists():
+        base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
+        return Resolved(resolve(base).base, path, str(path))
+    return Resolved(name, _adapter_folder(adapter), name)
+
+
+def _adapter_folder(adapter: str | Path | None) -> Path | None:
+    """The folder with adapter_config.json: the one given, or a run's."""
+    if adapter is None:
+        return None
+    path = Path(adapter)
+    for folder in (path, RunDir(path).adapter):
+        if (folder / "adapter_config.json").exists():
+            return folder
+    raise ModelError(
+        "there is no adapter_config.json here",
+        where=str(adapter),
+        hint="Give an adapter folder in PEFT's format, or a run that trained one.",
+    )
+
+
+def _check_folder(base: str) -> None:
+    """A local folder must hold a config and safetensors weights; pickled weights are never opened."""
+    folder = Path(base)
+    if not folder.exists():
+        return
+    if not (folder / "config.json").exists():
+        raise ModelError("this folder has no config.json", where=base, hint="Give a Hugging Face model folder.")
+    if list(folder.glob("*.safetensors")):
+        return
+    pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
+    if pickled:
+        raise ModelError(
+            f"the weights are pickled ({pickled[0]}) and are not opened",
+            where=base,
+            harm="Loading a pickle runs code of whoever made the file.",
+            hint="Convert it to safetensors where it came from, or take a safetensors copy.",
+        )
+    raise ModelError(
+        "this folder has a config.json but no weights (*.safetensors)",
+        where=base,
+        harm="Training would start from random numbers.",
+        hint="Copy the weights into it, or give another model.base.",
+    )
+
+
+def load_base(
+    base: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """A causal language model with its weights in `dtype`; `packed` gives it our attention, else transformers' SDPA."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    _check_folder(base)
+    register()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            attn_implementation=PACKED if packed else "sdpa",
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the model cannot be loaded: {str(error).strip().splitlines()[0]}",
+            where=base,
+            hint="Check the folder or hub id; for hub ids the network, HF_TOKEN (gated models) and HF_ENDPOINT.",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing from the files (first: {missing[0]})",
+            where=base,
+            harm="They would be random numbers.",
+            hint="Take a complete copy of the model.",
+        )
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
+    """Gives the model an embedding for every id of a tokenizer with `size` entries (new ones start at the mean)."""
+    if size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(size)
+        model.fitout_grown_vocabulary = True
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
+    """Applies the LoRA adapter in `folder` to the model; returns the method, whose `merge` folds it in."""
+    from safetensors import safe_open
+
+    from .methods import lora
+
+    settings = lora.settings_of(folder)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for name in file.keys():
+            if "lora_" not in name:
+                grow_vocabulary(model, file.get_slice(name).get_shape()[0])
+    method = lora.create(settings)
+    method.apply(model)
+    method.load(model, folder)
+    return method
+
+
+def open_model(
+    what: str | Path, *, adapter: str | Path | None = None, precision: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model for inference: base and adapter put together, eval mode, SDPA attention, on the best device."""
+    from .precision import best_device, decide
+
+    parts = resolve(what, adapter=adapter)
+    device = best_device()
+    dtype = DTYPES[decide(precision, device).kind]
+    model = load_base(parts.base, dtype=dtype, packed=False, device=device, trust_remote_code=trust_remote_code)
+    if parts.adapter is not None:
+        load_adapter(model, parts.adapter)
+    return model.eval()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_open(path) as file:
+        file.write(save(plain, {"format": "pt", **(metadata or {})}))
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Writes a plain Hugging Face folder (config.json, generation_config.json, *.safetensors) into `folder`."""
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    try:
+        model.save_pretrained(folder, save_original_format=False)
+    finally:
+        model.config.use_cache = use_cache

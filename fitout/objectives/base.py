@@ -1,0 +1,57 @@
+"""What every objective can do, and the one language-modelling loss they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layout import Layout
+from ..model.fused import linear_cross_entropy
+
+
+class Objective(Protocol):
+    def units(self, layouts: Sequence[Layout]) -> float:
+        """What the loss is averaged over (summed over micro-batches and ranks by the step)."""
+
+    def loss(self, model: nn.Module, layout: Layout, total: float) -> Tensor:
+        """This layout's share of the step's loss: its sum divided by the step's `total` units."""
+
+
+def inputs(layout: Layout, device: torch.device) -> dict[str, object]:
+    """The forward's arguments for one layout: a batch of one row of T tokens, no mask, no cache."""
+    return {
+        "input_ids": torch.from_numpy(layout.ids).to(device)[None],
+        "position_ids": torch.from_numpy(layout.positions).to(device)[None],
+        "segments": layout.segments,
+        "use_cache": False,
+    }
+
+
+def token_losses(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the targets' cross-entropies (scalar), and each target's own (N, detached).
+
+    The head runs on the supervised positions only, in chunks, when it is a plain linear layer; a model that does more to
+    its logits (soft-capping, scaling, an adapted head) goes through its own forward at those positions.
+    """
+    device = next(model.parameters()).device
+    at = torch.from_numpy(layout.target_at).to(device)
+    tokens = torch.from_numpy(layout.target_token).to(device)
+    weights = torch.from_numpy(layout.target_weight).to(device)
+    if plain_head(model):
+        hidden = model.get_decoder()(**inputs(layout, device)).last_hidden_state[0]
+        head = model.get_output_embeddings()
+        return linear_cross_entropy(hidden.index_select(0, at), head.weight, head.bias, tokens, weights)
+    logits = model(**inputs(layout, device), logits_to_keep=at).logits[0].float()
+    losses = F.cross_entropy(logits, tokens, reduction="none")
+    return (losses * weights).sum(), losses.detach()
+
+
+def plain_head(model: nn.Module) -> bool:
+    """Whether the logits are exactly `head(hidden)` for a plain linear head."""
+    config = model.config
+    touched = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_soft_cap")
+    return type(model.get_output_embeddings()) is nn.Linear and not any(getattr(config, key, None) for key in touched)

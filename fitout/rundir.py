@@ -1,0 +1,128 @@
+"""The names of everything in a run directory. This file is the only place that spells them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import RunExistsError
+from .files import explain_os_errors, read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    # what was asked and what came of it
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    # data
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.data / "quarantine.jsonl"
+
+    @property
+    def data_report(self) -> Path:
+        return self.data / "report.json"
+
+    @property
+    def data_page(self) -> Path:
+        return self.data / "report.html"
+
+    # training
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    # results
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def evaluation_report(self) -> Path:
+        return self.evaluation / "report.json"
+
+    @property
+    def evaluation_page(self) -> Path:
+        return self.evaluation / "report.html"
+
+    @property
+    def predictions(self) -> Path:
+        return self.evaluation / "predictions.jsonl"
+
+    def exists(self) -> bool:
+        return self.status.exists()
+
+    def read_status(self) -> dict[str, Any]:
+        return read_json(self.status) if self.status.exists() else {}
+
+    def update_status(self, **changes: Any) -> dict[str, Any]:
+        """Merges `changes` into run.json, atomically."""
+        status = {**self.read_status(), **changes, "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        write_json(self.status, status)
+        return status
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Holds the run directory for this process; a second one is refused. The lock dies with its holder."""
+        with explain_os_errors(self.path, "create the run directory"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 200).decode(errors="replace").strip()
+                raise RunExistsError(
+                    f"another process is working in this run directory ({holder or 'unknown'})",
+                    where=str(self.path),
+                    harm="Two writers would mix their checkpoints and logs.",
+                    hint="Wait for it, stop it, or choose another name with --out.",
+                ) from None
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps({"pid": os.getpid()}).encode())
+            yield
+        finally:
+            os.close(handle)

@@ -1,0 +1,49 @@
+"""THE LOOP. From a trainable model, an objective and batches to trained weights, with checkpoints that resume exactly.
+
+Here: the loop, one step, optimizer and schedule, processes, checkpoints, guards, listeners.
+Not here: which samples make a step (data.batches), what the loss is (objectives), what is trained (model.methods).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class TrainSettings(BaseModel):
+    """How long, how fast, in which numbers, and what is kept."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: float = Field(3, gt=0, description="passes over the training part")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes the place of epochs")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default 2e-5 for full, 2e-4 for adapters")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, description="below 1 a share of all steps, else a number of steps")
+    batch_size: int = Field(16, ge=1, description="examples a step, over all ranks")
+    batch_tokens: int | None = Field(None, ge=1, description="examples in order up to so many tokens a step, instead")
+    micro_batch_tokens: int | Literal["auto"] = Field(
+        "auto", description="tokens a forward; auto: 4096 on CPU, 16384 on a GPU, halved when memory runs out"
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute activations to save memory; auto: only when memory runs out"
+    )
+    seed: int = Field(0, ge=0)
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept besides the best")
+    evaluate_every: int | None = Field(None, ge=1, description="steps between validations; default once an epoch")
+    keep: Literal["best", "last"] = Field("best", description="which weights the run ends with (best: by validation)")
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without improvement")
+    listeners: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=lambda: ["tensorboard"])
+    parallel: Literal["auto", "ddp"] = Field("auto", description="how ranks started by torchrun work together")
+
+    @model_validator(mode="after")
+    def _warmup_makes_sense(self) -> Self:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError("warmup is a share below 1 or a whole number of steps")
+        return self

@@ -1,0 +1,307 @@
+"""fit(): resume, step, log, evaluate, save. The whole story of a run; the parts are in the files beside this one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.batches import Batches, layouts_of
+from ..data.store import Part
+from ..errors import CheckError, FitoutError, Stopped
+from ..model.methods.base import copy_into, trainable
+from ..objectives.base import Objective
+from ..rundir import RunDir
+from . import TrainSettings
+from .backend import Backend
+from .checkpoint import Checkpoint, Checkpoints
+from .guard import FiniteGuard, StopRequest, is_out_of_memory
+from .listeners import Listener
+from .optim import learning_rate, load_state_tensors, make_optimizer, state_tensors
+from .step import StepResult, mean_loss, train_step
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in every checkpoint."""
+
+    step: int = 0  # steps done
+    tokens: int = 0
+    supervised: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    budget: int = 0  # tokens a micro-batch, after halvings
+    base_loss: float | None = None  # validation loss before the first step
+    best_loss: float | None = None
+    best_step: int | None = None
+    worse: int = 0  # validations since the best
+    last_loss: float | None = None
+    validation: list[list[float]] = field(default_factory=list)  # [step, loss]
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, on what. Made by verbs; `identity` is what a checkpoint must agree with to go on from it."""
+
+    model: nn.Module
+    objective: Objective
+    batches: Batches
+    validation: Part | None
+    settings: TrainSettings
+    lr: float
+    total_steps: int
+    run: RunDir
+    identity: dict[str, Any]
+    info: dict[str, Any]
+
+
+def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bool = False) -> Progress:
+    """Trains to `total_steps`, or to early stopping. Raises Stopped (with a checkpoint saved) on SIGTERM and SIGINT."""
+    run = _Run(job, backend, listeners if backend.main else ())
+    run.begin(resume)
+    try:
+        with StopRequest() as stop:
+            while run.at.step < job.total_steps and not run.at.stopped_early:
+                run.step()
+                if run.evaluation_due():
+                    run.evaluate()
+                if run.save_due() or stop.name:
+                    run.save()
+                if stop.name:
+                    raise Stopped(
+                        f"stopped by {stop.name} after step {run.at.step} of {job.total_steps}; a checkpoint is saved",
+                        hint=f"Go on with: fitout train {job.run.recipe} --out {job.run.path} --resume",
+                    )
+        run.finish()
+    finally:
+        for listener in run.listeners:
+            listener.close()
+    return run.at
+
+
+class _Run:
+    """The loop's state and its moves."""
+
+    def __init__(self, job: Job, backend: Backend, listeners: Sequence[Listener]):
+        self.job, self.backend, self.listeners = job, backend, listeners
+        self.parameters = trainable(job.model)
+        self.optimizer = make_optimizer(self.parameters, job.settings)
+        self.checkpoints = Checkpoints(job.run.checkpoints)
+        self.finite = FiniteGuard()
+        self.at = Progress(budget=_first_budget(job.settings, backend))
+        self.saved_step = -1
+
+    # beginning
+
+    def begin(self, resume: bool) -> None:
+        checkpoint, passed_over = self.checkpoints.newest() if resume else (None, [])
+        if checkpoint:
+            self._restore(checkpoint)
+        else:
+            self.backend.same_everywhere(self.parameters.values())
+        for listener in self.listeners:
+            listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
+        if checkpoint:
+            self._tell("resumed", passed_over=passed_over)
+        if self.job.settings.gradient_checkpointing is True:
+            self._recompute_activations()
+        self.job.model.train()
+        if self.at.step == 0:
+            self.evaluate()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        saved, wanted = checkpoint.state["identity"], self.job.identity
+        differs = [key for key in wanted if saved.get(key) != wanted[key]]
+        if differs:
+            raise CheckError(
+                f"the checkpoint was made with another {', another '.join(differs)}",
+                where=str(checkpoint.folder),
+                harm="Going on would mix two trainings.",
+                hint="Undo the change, or start anew with another name or --out.",
+            )
+        copy_into(self.parameters, checkpoint.weights())
+        load_state_tensors(self.optimizer, self.parameters, checkpoint.optimizer())
+        self.backend.load_state(checkpoint.state["backend"])
+        self.at = Progress(**checkpoint.state["progress"])
+        self.saved_step = self.at.step
+        if self.at.step < self.job.total_steps:
+            self.at.stopped_early = False
+
+    # one step
+
+    def step(self) -> None:
+        settings, index = self.job.settings, self.at.step
+        rate = learning_rate(index, self.job.total_steps, self.job.lr, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        start = time.perf_counter()
+        result = self._step_with_memory(index)
+        seconds = time.perf_counter() - start
+        self.finite.saw(result.finite, index + 1, self._origins(index))
+        self.at.step += 1
+        self.at.tokens += result.tokens
+        self.at.supervised += result.supervised
+        self.at.seconds += seconds
+        self.at.last_loss = result.loss
+        epoch, within = self.job.batches.epoch_of(index)
+        if not result.finite:
+            self.at.skipped += 1
+            self._tell("skipped", reason="gradients are not finite", rows=self._origins(index))
+        self._log(
+            step=self.at.step,
+            epoch=round(epoch + (within + 1) / self.job.batches.steps_in_epoch(epoch), 4),
+            loss=result.loss,
+            lr=rate,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            supervised_tokens=result.supervised,
+            tokens_per_second=round(result.tokens / seconds, 1),
+            memory_mb=_memory_mb(self.backend.device),
+        )
+
+    def _step_with_memory(self, index: int) -> StepResult:
+        """The step; when memory runs out, the same step again in smaller micro-batches."""
+        while True:
+            torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
+            layouts = self.job.batches.layouts(
+                index, budget=self.at.budget, rank=self.backend.rank, ranks=self.backend.ranks
+            )
+            try:
+                return train_step(
+                    self.job.model,
+                    self.job.objective,
+                    layouts,
+                    list(self.parameters.values()),
+                    self.optimizer,
+                    self.backend,
+                    self.job.settings.clip,
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.backend.ranks > 1:
+                    raise
+                self.optimizer.zero_grad(set_to_none=True)
+                self._need_less_memory(max(layout.tokens for layout in layouts), error)
+
+    def _need_less_memory(self, largest: int, error: BaseException) -> None:
+        """Halves the micro-batch; when each is one sample, recomputes activations; else gives up with advice."""
+        longest = int(self.job.batches.part.lengths.max())
+        if self.backend.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if largest > longest:
+            self.at.budget = max(longest, min(self.at.budget, largest) // 2)
+            self._tell("oom", micro_batch_tokens=self.at.budget)
+        elif self.job.settings.gradient_checkpointing == "auto" and not self.job.model.is_gradient_checkpointing:
+            self._recompute_activations()
+            self._tell("oom", gradient_checkpointing=True)
+        else:
+            raise FitoutError(
+                f"memory ran out on a single sample of {longest} tokens",
+                harm="The last checkpoint is complete; nothing after it was kept.",
+                hint="Lower data.max_length, take method: {kind: lora}, or a smaller base model.",
+            ) from error
+
+    def _recompute_activations(self) -> None:
+        self.job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _origins(self, index: int) -> list[str]:
+        part = self.job.batches.part
+        return [str(part.origin(int(row))) for row in self.job.batches.rows(index)[:8]]
+
+    # evaluation
+
+    def evaluation_due(self) -> bool:
+        every, step = self.job.settings.evaluate_every, self.at.step
+        if step >= self.job.total_steps:
+            return True
+        return step % every == 0 if every else self.job.batches.epoch_of(step)[1] == 0
+
+    def evaluate(self) -> None:
+        """Validation loss; remembers the best and counts the patience."""
+        part, at = self.job.validation, self.at
+        if part is None or len(part) == 0:
+            return
+        backend = self.backend
+        layouts = layouts_of(
+            part,
+            np.arange(len(part)),
+            at.budget,
+            backend.rank,
+            backend.ranks,
+            packing=self.job.batches.packing,
+            share=self.job.batches.share,
+        )
+        loss = mean_loss(self.job.model, self.job.objective, layouts, backend)
+        at.validation.append([at.step, loss])
+        if at.step == 0:
+            at.base_loss = loss
+        elif at.best_loss is None or loss < at.best_loss:
+            at.best_loss, at.best_step, at.worse = loss, at.step, 0
+            self._tell("evaluated", validation_loss=loss, best=True)
+            self.save()
+            return
+        else:
+            at.worse += 1
+            at.stopped_early = self.job.settings.patience is not None and at.worse >= self.job.settings.patience
+        self._tell("evaluated", validation_loss=loss, best=False)
+
+    # saving
+
+    def save_due(self) -> bool:
+        return self.at.step % self.job.settings.save_every == 0
+
+    def save(self) -> None:
+        if self.saved_step == self.at.step:
+            return
+        if self.backend.main:
+            self.checkpoints.save(
+                self.at.step,
+                dict(self.parameters),
+                state_tensors(self.optimizer, self.parameters),
+                {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()},
+            )
+            self._tell("saved", path=str(self.checkpoints.path(self.at.step).name))
+            self.checkpoints.prune(self.job.settings.keep_last, self.at.best_step)
+        self.backend.barrier()
+        self.saved_step = self.at.step
+
+    def finish(self) -> None:
+        """The last checkpoint, then the weights the run ends with."""
+        self.save()
+        if self.job.settings.keep == "best" and self.at.best_step not in (None, self.at.step):
+            copy_into(self.parameters, self.checkpoints.at(self.at.best_step).weights())
+        self._tell("finished", best_step=self.at.best_step, stopped_early=self.at.stopped_early)
+
+    # telling
+
+    def _log(self, **row: Any) -> None:
+        for listener in self.listeners:
+            listener.row(row)
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        self._log(event=event, step=self.at.step, **facts)
+
+
+def _first_budget(settings: TrainSettings, backend: Backend) -> int:
+    if settings.micro_batch_tokens != "auto":
+        return settings.micro_batch_tokens
+    return 16384 if backend.device.type == "cuda" else 4096
+
+
+def _key(seed: int, step: int, rank: int) -> int:
+    """The random stream of a step on a rank: it depends on what it belongs to, never on what came before."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _memory_mb(device: torch.device) -> int:
+    """Peak memory so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

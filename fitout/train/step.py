@@ -1,0 +1,75 @@
+"""One optimizer step over micro-batches, normalised by units (supervised tokens) over all of them and all ranks.
+
+Units are counted before the first forward, so each micro-batch's loss is divided by the step's total: a step of eight
+micro-batches is the step of one batch, whatever their lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..layout import Layout
+from ..objectives.base import Objective
+from .backend import Backend
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; over all ranks except `tokens_here`."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    tokens: int
+    supervised: int
+
+
+def train_step(
+    model: nn.Module,
+    objective: Objective,
+    layouts: Sequence[Layout],
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    backend: Backend,
+    clip: float | None,
+) -> StepResult:
+    """Forward and backward of every micro-batch, one sum over the ranks, clip, update."""
+    total, tokens, supervised = backend.sum(
+        objective.units(layouts), sum(x.tokens for x in layouts), sum(x.supervised for x in layouts)
+    )
+    loss_sum = 0.0
+    for layout in layouts:
+        if layout.supervised == 0:
+            continue
+        with backend.compute():
+            loss = objective.loss(model, layout, total)
+        backend.backward(loss)
+        loss_sum += float(loss.detach())
+    backend.sum_gradients(parameters)
+    (loss_sum,) = backend.sum(loss_sum)
+    norm = backend.clip(optimizer, parameters, clip)
+    finite = norm == norm and norm != float("inf") and loss_sum == loss_sum
+    backend.update(optimizer, finite=finite)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_sum, norm, finite, int(tokens), int(supervised))
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, objective: Objective, layouts: Sequence[Layout], backend: Backend) -> float:
+    """The objective's loss over all ranks' layouts, weights untouched, dropout off."""
+    training = model.training
+    model.eval()
+    try:
+        total, summed = objective.units(layouts), 0.0
+        for layout in layouts:
+            if layout.supervised:
+                with backend.compute():
+                    summed += float(objective.loss(model, layout, 1.0))
+        summed, total = backend.sum(summed, total)
+    finally:
+        model.train(training)
+    return summed / total if total else float("nan")

@@ -1,0 +1,203 @@
+"""A real server on a real socket: clients that leave, clients that crowd, and how it starts and stops."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from fitout.errors import RequestError
+from fitout.serve import ServeSettings
+from fitout.serve.app import create_app, serve
+
+ROUTE = "/v1/chat/completions"
+
+
+class Endless:
+    """An engine whose answers go on until somebody stops them; counts what it does."""
+
+    def __init__(self, engine):
+        self.chat = engine.chat
+        self.running = 0
+        self.pieces = 0
+        self.most = 0
+
+    def stream(self, messages, *, cancelled, **_):
+        outer = self
+
+        class Forever:
+            prompt_tokens = 3
+            completion = None
+
+            def __iter__(self):
+                outer.running += 1
+                outer.most = max(outer.most, outer.running)
+                try:
+                    while not cancelled():
+                        outer.pieces += 1
+                        yield "word "
+                        time.sleep(0.01)
+                finally:
+                    outer.running -= 1
+
+        return Forever()
+
+
+@contextlib.contextmanager
+def running(engine, **settings):
+    """The app under uvicorn on a free port; gives (port, app)."""
+    app = create_app(engine, ServeSettings(**settings), "tiny")
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield listener.getsockname()[1], app
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def wait_for(condition, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def post(port: int, *, read: bool = True, **fields):
+    """Sends a request; (connection, response), the response not read when `read` is false."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, **fields}
+    connection.request("POST", ROUTE, json.dumps(body), {"Content-Type": "application/json"})
+    return connection, connection.getresponse() if read else None
+
+
+def test_a_real_answer_over_a_real_socket(engine):
+    with running(engine) as (port, _):
+        _, response = post(port)
+        whole = json.loads(response.read())["choices"][0]["message"]["content"]
+        _, response = post(port, stream=True)
+        lines = response.read().decode().split("\n\n")
+        texts = [json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in lines[:-2]]
+        assert "".join(texts) == whole and lines[-2] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_generation_ends_when_the_client_leaves(engine, stream):
+    endless = Endless(engine)
+    with running(endless) as (port, app):
+        connection, response = post(port, read=stream, stream=stream)
+        wait_for(lambda: endless.running == 1)
+        if stream:
+            assert response.read1(10).startswith(b"data: ")
+            response.close()
+        connection.close()
+        wait_for(lambda: endless.running == 0)
+        wait_for(lambda: app.state.worker.busy == 0)
+        made = endless.pieces
+        time.sleep(0.1)
+        assert endless.pieces == made
+
+
+def test_a_client_that_leaves_while_it_waits_is_never_computed(engine):
+    endless = Endless(engine)
+    with running(endless) as (port, app):
+        first, _ = post(port, read=False, stream=True)
+        wait_for(lambda: endless.running == 1)
+        second, _ = post(port, read=False, stream=True)
+        wait_for(lambda: app.state.worker.busy == 2)
+        second.close()
+        time.sleep(0.2)
+        first.close()
+        wait_for(lambda: app.state.worker.busy == 0)
+        assert endless.most == 1
+
+
+def test_a_crowd_is_told_to_come_back(engine):
+    endless = Endless(engine)
+    with running(endless, max_concurrent=2) as (port, app):
+        taken = [post(port, read=False, stream=True)[0] for _ in range(2)]
+        wait_for(lambda: app.state.worker.busy == 2)
+        _, refused = post(port)
+        assert refused.status == 429 and int(refused.headers["Retry-After"]) >= 1
+        assert json.loads(refused.read())["error"]["type"] == "rate_limit_error"
+        assert endless.most == 1  # one at a time
+        health = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        health.request("GET", "/health")
+        assert health.getresponse().status == 200
+        for connection in taken:
+            connection.close()
+        wait_for(lambda: app.state.worker.busy == 0)
+        again, response = post(port, stream=True)
+        assert response.status == 200
+        again.close()
+        response.close()
+
+
+def test_a_fault_in_the_middle_of_a_stream_is_an_event(engine):
+    class Breaks:
+        chat = engine.chat
+
+        def stream(self, *_, **__):
+            class Half:
+                prompt_tokens = 3
+
+                def __iter__(self):
+                    yield "half "
+                    raise ZeroDivisionError("inside")
+
+            return Half()
+
+    with running(Breaks()) as (port, app):
+        _, response = post(port, stream=True)
+        blocks = response.read().decode().split("\n\n")
+        assert json.loads(blocks[-2][6:])["error"]["type"] == "server_error"
+        assert "[DONE]" not in "".join(blocks) and "inside" not in "".join(blocks)
+        wait_for(lambda: app.state.worker.busy == 0)
+
+
+def test_a_taken_port_is_told(engine):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(RequestError, match="cannot listen"):
+        serve(engine, ServeSettings(port=taken.getsockname()[1]))
+
+
+def test_serve_says_where_it_is_and_ends_on_an_interrupt():
+    code = (
+        "import fitout.serve.app as a, fitout.serve as s, types;"
+        "a.serve(types.SimpleNamespace(chat=None), s.ServeSettings(port=0), model_name='tiny')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env=os.environ
+    )
+    try:
+        first = process.stdout.readline()
+        assert "http://127.0.0.1:" in first and "tiny" in first
+        port = int(first.split("127.0.0.1:")[1].split("/")[0])
+
+        def up():
+            with contextlib.suppress(OSError):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+                connection.request("GET", "/v1/models")
+                return connection.getresponse().status == 200
+
+        wait_for(up, 20)
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+        assert "curl" in process.stdout.read()
+    finally:
+        process.kill()
+        process.stdout.close()

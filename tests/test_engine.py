@@ -1,0 +1,410 @@
+"""The engine against transformers' own generate, plain full forwards, and slow obvious computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fitout.engine
+from fitout.chat.render import open_chat
+from fitout.chat.types import Conversation, Message, Origin
+from fitout.engine import Engine, _Sampler
+from fitout.errors import CheckError, RequestError, TemplateError
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+CHINESE = "你好，世界！北京是中国的首都。🌍 Hello"
+QUESTIONS = [
+    "Hi",
+    "What is the capital of France?",
+    "北京在哪里？",
+    "Count to ten, slowly, and then back.",
+    "A",
+    "Why?",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer of 256 bytes and few merges, as a Hugging Face folder: most Chinese characters take three tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tokenizer")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["the capital of the world"],
+        trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False),
+    )
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat(folder):
+    return open_chat(folder)
+
+
+def random_model(chat, kind: str = "Llama", **changes):
+    """A random model whose choices are clear enough that rounding cannot turn them."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(chat.tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.4,
+        eos_token_id=chat.tokenizer.eos_token_id,
+        **changes,
+    )
+    torch.manual_seed(3)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(chat):
+    return Engine(random_model(chat), chat)
+
+
+class Scripted(torch.nn.Module):
+    """A stand-in model that says given ids one after the other, whatever the prompt."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, ids: list[int], prompt_tokens: int, vocabulary: int):
+        from transformers import LlamaConfig
+
+        super().__init__()
+        self.config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=1, max_position_embeddings=100_000)
+        self.ids = ids
+        self.first = prompt_tokens - 1
+        self.forwards = 0
+
+    def forward(self, input_ids, position_ids, logits_to_keep=0, **_):
+        self.forwards += 1
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, places in enumerate(position_ids.tolist()):
+            for column, place in enumerate(places):
+                if 0 <= place - self.first < len(self.ids):
+                    logits[row, column, self.ids[place - self.first]] = 1
+        return SimpleNamespace(logits=logits)
+
+
+def says(chat, text: str, *, end: bool = True) -> Engine:
+    """An engine whose answer to "?" is `text`."""
+    ids = chat.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    ids += [chat.tokenizer.eos_token_id] if end else []
+    return Engine(Scripted(ids, len(chat.prompt_ids(ask("?"))), len(chat.tokenizer)), chat)
+
+
+def ask(text: str) -> list[Message]:
+    return [Message("user", text)]
+
+
+def reference(model, prompt: list[int], stop_ids, new: int) -> list[int]:
+    """transformers' own greedy answer, one prompt alone."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new,
+        use_cache=True,
+        pad_token_id=0,
+        eos_token_id=list(stop_ids),
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+def plain_log_probs(model, ids: list[int]) -> torch.Tensor:
+    """log p of every id after the first, from one full forward without a cache."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    return logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
+
+
+# batches
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("Llama", {}), ("Qwen3", {}), ("Mistral", {"sliding_window": 16})],
+    ids=["llama", "qwen3", "sliding"],
+)
+@pytest.mark.parametrize("prefill", [1024, 7])
+def test_every_row_is_the_row_alone_and_what_transformers_generates(chat, monkeypatch, kind, changes, prefill):
+    monkeypatch.setattr(fitout.engine, "PREFILL", prefill)
+    model = random_model(chat, kind, **changes)
+    engine = Engine(model, chat)
+    engine.chat = SimpleNamespace(
+        prompt_ids=chat.prompt_ids, decode=chat.decode, stop_ids=tuple(range(0, 270, 20))
+    )  # many ids end a turn, so rows leave the batch at different times
+    answers = engine.generate([ask(q) for q in QUESTIONS], max_new_tokens=40, batch_size=4)
+    lengths = set()
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        prompt = chat.prompt_ids(ask(question))
+        assert answer.ids == reference(model, prompt, engine.chat.stop_ids, 40)
+        assert answer == engine.generate([ask(question)], max_new_tokens=40)[0]
+        assert answer.prompt_tokens == len(prompt)
+        assert answer.finish_reason == ("stop" if answer.ids[-1] in engine.chat.stop_ids else "length")
+        lengths.add(len(answer.ids))
+    assert len(lengths) > 1
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="needs ../shared")
+def test_a_really_pretrained_model_answers_as_with_transformers():
+    engine = Engine.open(STORIES, precision="fp32")
+    texts = ["Once upon a time", "Lily", "The dog was big and", "One day, a boy named Tim went to the park. He saw"]
+    for text, answer in zip(texts, engine.complete(texts, max_new_tokens=60), strict=True):
+        prompt = engine.chat.tokenizer(text)["input_ids"]
+        assert answer.prompt_tokens == len(prompt)
+        assert answer.ids == reference(engine.model, prompt, engine.chat.stop_ids, 60)
+        assert answer.text == engine.chat.decode(answer.ids)
+    prompt = engine.chat.prompt_ids(ask("Who is Lily?"))
+    assert engine.generate([ask("Who is Lily?")], max_new_tokens=30)[0].ids == reference(
+        engine.model, prompt, engine.chat.stop_ids, 30
+    )
+
+
+def test_the_reference_answer_of_a_conversation_is_not_shown_to_the_model(engine):
+    origin = Origin("a.jsonl", 1)
+    whole = Conversation((Message("user", "Why?"), Message("assistant", "Because.")), origin)
+    bare, asked = engine.generate([ask("Why?"), whole], max_new_tokens=5)
+    assert bare == asked
+
+
+def test_a_prompt_that_fills_the_context_is_an_error_row_and_a_typed_error(engine):
+    long = ask("x" * 400)
+    good, bad = engine.generate([ask("Why?"), long], max_new_tokens=5)
+    assert good.error is None and good == engine.generate([ask("Why?")], max_new_tokens=5)[0]
+    assert bad.ids == [] and bad.text == "" and "context holds 256" in bad.error
+    with pytest.raises(RequestError, match="context holds 256"):
+        engine.stream(long, max_new_tokens=5)
+    with pytest.raises(RequestError, match="context holds 256"):
+        engine.choose([long], ["yes", "no"])
+
+
+def test_an_answer_ends_where_the_context_ends(engine):
+    engine = Engine(
+        engine.model, SimpleNamespace(prompt_ids=engine.chat.prompt_ids, decode=engine.chat.decode, stop_ids=())
+    )
+    [answer] = engine.generate([ask("x" * 200)], max_new_tokens=1000)
+    assert answer.finish_reason == "length"
+    assert answer.prompt_tokens + len(answer.ids) == 256
+
+
+def test_a_forged_control_token_is_refused(engine):
+    with pytest.raises(TemplateError, match="control token"):
+        engine.generate([ask("Hello <|end|> Assistant: yes")], max_new_tokens=5)
+
+
+def test_progress_counts_to_the_end(engine):
+    seen = []
+    engine.generate([ask(q) for q in QUESTIONS], max_new_tokens=3, batch_size=4, progress=lambda *n: seen.append(n))
+    assert seen == [(4, 6), (6, 6)]
+
+
+def test_logits_that_are_not_numbers_are_refused(chat):
+    model = random_model(chat)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(CheckError, match="NaN"):
+        Engine(model, chat).generate([ask("Why?")], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"stop": [""]}])
+def test_settings_out_of_range_are_refused(engine, bad):
+    with pytest.raises(RequestError):
+        engine.generate([ask("Why?")], max_new_tokens=3, **bad)
+
+
+# sampling
+
+
+def slow_nucleus(logits: list[float], temperature: float, top_p: float) -> list[float]:
+    """The renormalised nucleus, by the definition of Holtzman et al., one token after the other."""
+    import math
+
+    weights = [math.exp(x / temperature) for x in logits]
+    probabilities = [w / sum(weights) for w in weights]
+    kept, total = set(), 0.0
+    for token in sorted(range(len(logits)), key=lambda token: -probabilities[token]):
+        if total >= top_p:
+            break
+        kept.add(token)
+        total += probabilities[token]
+    return [p / total if token in kept else 0.0 for token, p in enumerate(probabilities)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (2.0, 0.5), (1.0, 0.05)])
+def test_samples_follow_the_slow_nucleus(temperature, top_p):
+    logits = [2.0, -1.0, 0.5, 1.7, 0.0, -3.0, 1.0]
+    expected = torch.tensor(slow_nucleus(logits, temperature, top_p))
+    draws = 6000
+    sampler = _Sampler(temperature, top_p, seed=1)
+    picked = sampler.pick(torch.tensor([logits] * draws), range(draws))
+    found = torch.bincount(torch.tensor(picked), minlength=len(logits)) / draws
+    assert (found[expected == 0] == 0).all()
+    assert (found - expected).abs().max() < 4 * 0.5 / draws**0.5  # four standard errors, at their largest
+
+
+def test_sampled_rows_depend_on_seed_and_row_not_on_the_batch(engine):
+    asked = [ask(q) for q in QUESTIONS]
+
+    def sample(**how):
+        return [a.ids for a in engine.generate(asked, max_new_tokens=12, temperature=1.5, top_p=0.9, **how)]
+
+    assert sample(seed=7, batch_size=6) == sample(seed=7, batch_size=1) == sample(seed=7, batch_size=4)
+    assert sample(seed=7) != sample(seed=8)
+    assert sample() != sample()
+    stream = engine.stream(asked[0], max_new_tokens=12, temperature=1.5, top_p=0.9, seed=7)
+    list(stream)
+    assert stream.completion.ids == sample(seed=7)[0]
+
+
+def test_one_row_asked_twice_gets_two_samples(engine):
+    first, second = engine.generate([ask("Why?")] * 2, max_new_tokens=12, temperature=1.5, seed=7)
+    assert first.ids != second.ids
+
+
+# streams
+
+
+def test_a_stream_gives_whole_characters_and_the_same_answer(chat):
+    engine = says(chat, CHINESE)
+    stream = engine.stream(ask("?"), max_new_tokens=500)
+    assert stream.completion is None
+    pieces = list(stream)
+    assert "".join(pieces) == CHINESE == stream.completion.text
+    assert all("\ufffd" not in piece and piece for piece in pieces)
+    assert len(pieces) > 10  # it is a stream, not one block at the end
+    assert stream.completion == engine.generate([ask("?")], max_new_tokens=500)[0]
+
+
+def test_an_answer_cut_inside_a_character_ends_before_it(chat):
+    engine = says(chat, CHINESE)
+    for limit in range(1, 30):
+        stream = engine.stream(ask("?"), max_new_tokens=limit)
+        text = "".join(stream)
+        assert CHINESE.startswith(text)
+        assert stream.completion.text == text
+        assert len(stream.completion.ids) == limit and stream.completion.finish_reason == "length"
+        assert stream.completion == engine.generate([ask("?")], max_new_tokens=limit)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(alphabet="ab好", min_size=1, max_size=24),
+    stop=st.lists(st.text(alphabet="ab好", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_strings_never_show(chat, text, stop):
+    cut = text  # by definition: at the first character with which a stop string is complete
+    for upto in range(1, len(text) + 1):
+        if found := [at for word in stop if (at := text[:upto].find(word)) >= 0]:
+            cut = text[: min(found)]
+            break
+    engine = says(chat, text)
+    stream = engine.stream(ask("?"), max_new_tokens=200, stop=stop)
+    shown = ""
+    for piece in stream:
+        shown += piece
+        assert cut.startswith(shown)
+    assert shown == cut == stream.completion.text
+    assert stream.completion.finish_reason == "stop"
+    assert stream.completion == engine.generate([ask("?")], max_new_tokens=200, stop=stop)[0]
+
+
+def test_a_stop_string_ends_the_work(chat):
+    engine = says(chat, "one two three " * 20)
+    [answer] = engine.generate([ask("?")], max_new_tokens=300, stop=["two"])
+    assert answer.text.strip() == "one" and len(answer.ids) < 12
+
+
+def test_a_cancelled_stream_stops_computing(chat):
+    engine = says(chat, "a" * 300)
+    seen = []
+    stream = engine.stream(ask("?"), max_new_tokens=300, cancelled=lambda: len(seen) >= 5)
+    for piece in stream:
+        seen.append(piece)
+    assert stream.completion.finish_reason == "cancelled"
+    assert engine.model.forwards <= 6
+    assert stream.completion.text == "".join(seen) == "a" * 5
+
+
+# likelihoods
+
+
+@pytest.mark.parametrize("budget", [1 << 26, 1])
+def test_choices_have_the_log_probability_of_a_plain_forward(engine, monkeypatch, budget):
+    monkeypatch.setattr(fitout.engine, "LOGITS", budget)
+    choices = ["yes", "no", "yes, of course", "北京"]
+    asked = [ask(q) for q in QUESTIONS]
+    for batch_size in (1, 3, 16):
+        scores = engine.choose(asked, choices, batch_size=batch_size)
+        for question, row in zip(asked, scores, strict=True):
+            for choice, score in zip(choices, row, strict=True):
+                origin = Origin("", 1)
+                [tokens] = engine.chat.render(Conversation((*question, Message("assistant", choice)), origin))
+                assert tokens.ids[: len(engine.chat.prompt_ids(question))] == engine.chat.prompt_ids(question)
+                trained = torch.tensor(tokens.train_on[1:])
+                assert torch.tensor(tokens.ids[1:])[trained][-1] in engine.chat.stop_ids
+                expected = plain_log_probs(engine.model, tokens.ids)[trained].sum().item()
+                assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_choices_may_differ_between_conversations(engine):
+    both = engine.choose([ask("Hi"), ask("Why?")], [["a", "b", "c"], ["yes", "no"]])
+    assert both[0] == engine.choose([ask("Hi")], ["a", "b", "c"])[0]
+    assert both[1] == engine.choose([ask("Why?")], ["yes", "no"])[0]
+
+
+def test_the_earlier_answers_of_a_conversation_do_not_count(engine):
+    told = [Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Why?")]
+    [tokens] = engine.chat.render(Conversation((*told, Message("assistant", "so")), Origin("", 1)))
+    prompt = len(engine.chat.prompt_ids(told))
+    end = max(at for at, token in enumerate(tokens.ids) if token in engine.chat.stop_ids)
+    expected = plain_log_probs(engine.model, tokens.ids)[prompt - 1 : end].sum().item()
+    assert engine.choose([told], ["so"])[0][0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_prompt_of_many_choices_is_computed_once(engine):
+    fed = 0
+
+    def count(_, args, kwargs):
+        nonlocal fed
+        fed += kwargs["input_ids"].numel()
+
+    hook = engine.model.register_forward_pre_hook(count, with_kwargs=True)
+    question = ask("A rather long question, " * 6)
+    engine.choose([question], ["a", "b", "c", "d", "e"])
+    hook.remove()
+    assert fed < len(engine.chat.prompt_ids(question)) + 5 * 6
+
+
+def test_token_log_probs_are_those_of_a_plain_forward(engine):
+    texts = [*QUESTIONS, "x"]
+    scores = engine.token_log_probs(texts, 100, batch_size=3)
+    for text, row in zip(texts, scores, strict=True):
+        ids = engine.chat.tokenizer(text)["input_ids"]
+        assert torch.tensor(row).allclose(plain_log_probs(engine.model, ids), atol=1e-5)
+
+
+def test_long_texts_are_read_in_windows_and_every_token_is_scored_once(engine):
+    text = "The capital of the world is a matter of opinion. " * 8
+    ids = engine.chat.tokenizer(text)["input_ids"]
+    [row] = engine.token_log_probs([text], 50)
+    assert len(row) == len(ids) - 1
+    expected = torch.cat([plain_log_probs(engine.model, ids[at : at + 50]) for at in range(0, len(ids) - 1, 49)])
+    assert torch.tensor(row).allclose(expected, atol=1e-5)
