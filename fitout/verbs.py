@@ -1,6 +1,6 @@
 """One short function per verb; the only holder of the whole recipe.
 
-    run = prepare -> train -> evaluate -> merge, going on where it stopped
+run = prepare -> train -> evaluate -> merge, going on where it stopped
 """
 
 from __future__ import annotations
@@ -95,6 +95,25 @@ def prepare(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | N
     with _working(directory, recipe, screen):
         _prepare(recipe, directory, _open_chat(recipe), screen)
     return directory
+
+
+@dataclass(frozen=True)
+class Xray:
+    """Prepared training rows and what is needed to show them."""
+
+    chat: Chat
+    part: Any
+    report: dict[str, Any]
+
+
+def xray(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | None = None) -> Xray:
+    """The training rows as they will be trained; prepares them first where that has not been done."""
+    directory = run_directory(recipe, out)
+    screen = screen or Screen()
+    with _working(directory, recipe, screen):
+        chat = _open_chat(recipe)
+        prepared, report = _prepare(recipe, directory, chat, screen)
+    return Xray(chat, prepared.part("train"), report)
 
 
 def evaluate(directory: RunDir, *, changes: Recipe | None = None, screen: Screen | None = None) -> EvaluationResult:
@@ -377,7 +396,9 @@ def _identity(recipe: Recipe, prepared: Prepared, base: str, precision: str) -> 
     """What a checkpoint must agree with to be gone on from."""
     settings = _comparable(recipe)
     return {
-        "recipe": {key: value for key, value in settings.items() if key.split(".")[0] in ("method", "objective", "train")},
+        "recipe": {
+            key: value for key, value in settings.items() if key.split(".")[0] in ("method", "objective", "train")
+        },
         "data": prepared.fingerprint,
         "base": base_fingerprint(base),
         "precision": precision,
@@ -465,8 +486,10 @@ def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool 
     from .evaluate import report as pages
     from .evaluate.suite import evaluate
 
-    if directory.evaluation_report.exists() and not again and directory.read_status().get("evaluated_steps") == (
-        directory.read_status().get("trained_steps")
+    if (
+        directory.evaluation_report.exists()
+        and not again
+        and directory.read_status().get("evaluated_steps") == (directory.read_status().get("trained_steps"))
     ):
         screen.say("evaluation is complete already")
         return None
@@ -547,8 +570,10 @@ def _merge(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = F
     if not directory.adapter.exists():
         screen.say("nothing to merge: the method trained the model itself, it is in model/")
         return directory.model
-    if (directory.merged / "config.json").exists() and not again and directory.read_status().get("merged_steps") == (
-        directory.read_status().get("trained_steps")
+    if (
+        (directory.merged / "config.json").exists()
+        and not again
+        and directory.read_status().get("merged_steps") == (directory.read_status().get("trained_steps"))
     ):
         screen.say("the merged model is there already")
         return directory.merged

@@ -47,7 +47,9 @@ class Chat:
     def control(self) -> tuple[str, ...]:
         """The strings that the tokenizer reads as control tokens."""
         added = self.tokenizer.added_tokens_decoder.values()
-        return tuple(sorted({token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)))
+        return tuple(
+            sorted({token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens))
+        )
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
@@ -104,8 +106,8 @@ class Chat:
         bos = self.tokenizer.bos_token if self._adds_bos else ""
         strings = [bos + text.text + (self.tokenizer.eos_token or "") for text in texts]
         return [
-            Tokens(e.ids, [True] * len(e.ids), text.origin, string, e.offsets)
-            for e, text, string in zip(self._encode(strings), texts, strings, strict=True)
+            Tokens(encoding.ids, [True] * len(encoding.ids), text.origin)
+            for encoding, text in zip(self._encode(strings), texts, strict=True)
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -190,7 +192,7 @@ class Chat:
                 stop -= 1
             stop = stop if stop > first else at
             train_on[first:stop] = [True] * (stop - first)
-        return Tokens(ids, train_on, origin, rendered.text, offsets)
+        return Tokens(ids, train_on, origin)
 
     def _end_of_turn(self, rendered: _Rendered) -> int | None:
         """The control token that ends the supervised turn, if the template writes one."""

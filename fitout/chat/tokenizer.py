@@ -85,9 +85,7 @@ def _open(base: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _template_text(
-    tokenizer: PreTrainedTokenizerFast, settings: ChatSettings, loaded: LoadedTokenizer
-) -> str | None:
+def _template_text(tokenizer: PreTrainedTokenizerFast, settings: ChatSettings, loaded: LoadedTokenizer) -> str | None:
     """The template to set, or None to keep the tokenizer's own."""
     name = settings.template
     if name == "auto":

@@ -87,14 +87,13 @@ Sample = Conversation | Text | Pair
 class Tokens:
     """A rendered sample: token ids and, for each, whether it is trained (predicted from what stands before it).
 
-    `spans` are the characters [start, end) of each id in the rendered `text`; the token view draws them.
+    `cut` are the ids that came after them and were left out because the sample was too long.
     """
 
     ids: list[int]
     train_on: list[bool]
     origin: Origin
-    text: str = ""
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
 
     @property
     def supervised(self) -> int:

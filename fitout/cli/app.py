@@ -141,7 +141,9 @@ def chat(
 def serve(
     model: Model,
     adapter: Adapter = None,
-    host: Annotated[str, typer.Option(help="loopback unless you say otherwise; then a token is required")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="loopback unless you say otherwise; then a token is required")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     token: Annotated[str | None, typer.Option(envvar="FITOUT_TOKEN", help="what clients must send as Bearer")] = None,
     name: Annotated[str | None, typer.Option(help="the model name clients use")] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ..chat.types import Origin, Sample
+from ..chat.types import Sample
 from .content import content_key
 
 
@@ -15,13 +15,12 @@ def exact(samples: Sequence[Sample], protected: Collection[str] = ()) -> tuple[l
     that repeats a row of a given test file is the one to go. Order is kept. Time and memory are linear.
     """
     order = sorted(range(len(samples)), key=lambda at: samples[at].origin.file not in protected)  # sorted is stable
-    first: dict[bytes, Origin] = {}
-    repeats: dict[int, Origin] = {}
+    first: dict[bytes, int] = {}
+    repeats: dict[int, int] = {}
     for at in order:
-        origin = samples[at].origin
-        seen = first.setdefault(content_key(samples[at]), origin)
-        if seen is not origin:
+        seen = first.setdefault(content_key(samples[at]), at)
+        if seen != at:
             repeats[at] = seen
     kept = [sample for at, sample in enumerate(samples) if at not in repeats]
-    dropped = [(samples[at], f"repeats {seen}") for at, seen in sorted(repeats.items())]
+    dropped = [(samples[at], f"repeats {samples[seen].origin}") for at, seen in sorted(repeats.items())]
     return kept, dropped

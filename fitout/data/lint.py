@@ -170,7 +170,7 @@ def placeholders(samples: list[Sample]) -> list[Finding]:
     names: Counter[str] = Counter()
     hits = []
     for sample in samples:
-        inside = {name for text in texts(sample) for name in PLACEHOLDER.findall(text)}
+        inside = dict.fromkeys(name for text in texts(sample) for name in PLACEHOLDER.findall(text))
         if inside:
             names.update(inside)
             hits.append(sample.origin)
@@ -214,9 +214,9 @@ def unread_keys(raw: list[RawRow], plug: Format) -> list[Finding]:
     hits = []
     for row in raw:
         listed: list = next((row.row[key] for key in openai.TURNS if isinstance(row.row.get(key), list)), [])
-        keys = {str(key) for turn in listed if isinstance(turn, dict) for key in turn if turn[key] is not None}
-        if keys - read_keys:
-            unread.update(keys - read_keys)
+        keys = [str(key) for turn in listed if isinstance(turn, dict) for key in turn if turn[key] is not None]
+        if set(keys) - read_keys:
+            unread.update(key for key in keys if key not in read_keys)
             hits.append(row.origin)
     if not hits:
         return []
@@ -256,8 +256,8 @@ def lengths(samples: list[Sample]) -> list[Finding]:
     longest = samples[max(range(len(samples)), key=whole.__getitem__)]
     parts = [("samples", whole), ("questions and context", asked), ("answers", answered)]
     shown = "; ".join(f"{name} {spread(counts)}" for name, counts in parts if counts)
-    message = f"characters (median / 95 % / longest): {shown}"
-    return [Finding("info", "length", message, (longest.origin,), len(samples))]
+    figures = f"characters (median / 95 % / longest): {shown}"
+    return [Finding("info", "length", figures, (longest.origin,), len(samples))]
 
 
 def spread(counts: list[int]) -> str:

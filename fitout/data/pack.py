@@ -131,4 +131,3 @@ def lay_out(
         target_weight=np.ones(len(flat_at), np.float32),
         target_sample=(np.concatenate(sample_of) if sample_of else np.zeros(0)).astype(np.int64),
     )
-

@@ -96,8 +96,11 @@ def _bars(histogram: list[list[int]]) -> str:
             f'<rect class=bar x="{at * step + 2:.1f}" y="{height - tall:.1f}" width="{step - 4:.1f}" height="{tall:.1f}">'
             f"<title>{low} to {high} tokens: {count:,}</title></rect>"
             f'<text x="{at * step + step / 2:.1f}" y="{height + 14}" text-anchor="middle">{high}</text>'
-            + (f'<text x="{at * step + step / 2:.1f}" y="{height - tall - 3:.1f}" text-anchor="middle">{count}</text>'
-               if count else "")  # fmt: skip
+            + (
+                f'<text x="{at * step + step / 2:.1f}" y="{height - tall - 3:.1f}" text-anchor="middle">{count}</text>'
+                if count
+                else ""
+            )  # fmt: skip
         )
     return f'<svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="lengths">{"".join(drawn)}</svg>'
 

@@ -134,7 +134,7 @@ def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int) -> s
         files = list_files(source, Path()).files
         contents.append([sha256_file(path) for path, _ in files] if files else source.path)
     rules = settings.model_dump(mode="json", exclude={"packing": True, "sources": {"__all__": {"path"}}})
-    return fingerprint(3, rules, contents, chat.fingerprint, wants, seed)
+    return fingerprint(4, rules, contents, chat.fingerprint, wants, seed)
 
 
 # read and convert
@@ -226,7 +226,9 @@ def _deduplicate(samples: list[Sample], settings: DataSettings, work: _Work) -> 
         return samples
     kept, dropped = exact(samples, protected={file for file, part in work.parts.items() if part != "train"})
     work.counts.removed["duplicate"] += len(dropped)
-    work.removed += [{"origin": str(sample.origin), "rule": "duplicate", "reason": reason} for sample, reason in dropped]
+    work.removed += [
+        {"origin": str(sample.origin), "rule": "duplicate", "reason": reason} for sample, reason in dropped
+    ]
     return kept
 
 
@@ -310,7 +312,7 @@ def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, work: _Wor
 
 
 def _truncate(tokens: Tokens, limit: int) -> Tokens:
-    return Tokens(tokens.ids[:limit], tokens.train_on[:limit], tokens.origin, tokens.text, tokens.spans[:limit])
+    return Tokens(tokens.ids[:limit], tokens.train_on[:limit], tokens.origin, tokens.ids[limit:])
 
 
 def _cut_text(group: list[Tokens], settings: DataSettings) -> list[Tokens]:
@@ -391,7 +393,8 @@ def _require_training_data(report: dict[str, Any], work: _Work, run: RunDir) -> 
     write_json(run.data_report, report)
     reasons = [f"{n} {reason}" for reason, n in [*report["removed"].items(), *report["quarantined"].items()]]
     raise DataError(
-        f"no token is left to train on: of {report['samples']} samples " + ("; ".join(reasons) or "none is for training"),
+        f"no token is left to train on: of {report['samples']} samples "
+        + ("; ".join(reasons) or "none is for training"),
         where=str(run.data),
         harm="Training would run and change nothing.",
         hint="See quarantine.jsonl; raise data.max_length, or change data.split or the sources' `split:`.",
@@ -403,7 +406,9 @@ def summary(report: dict[str, Any]) -> str:
     kept = sum(report["kept"].values())
     quarantined, removed = sum(report["quarantined"].values()), sum(report["removed"].values())
     parts = ", ".join(f"{report['kept'][name]:,} {name}" for name in PARTS)
-    return f"{report['samples']:,} samples = {kept:,} kept ({parts}) + {quarantined:,} quarantined + {removed:,} removed"
+    return (
+        f"{report['samples']:,} samples = {kept:,} kept ({parts}) + {quarantined:,} quarantined + {removed:,} removed"
+    )
 
 
 # samples as plain rows, for quarantine.jsonl and test.jsonl

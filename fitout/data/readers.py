@@ -336,7 +336,7 @@ def json_lines(file: TextFile) -> Rows:
             try:
                 value, end, fault = strict.decode(line)
                 if end < len(line):
-                    value, fault = None, f"not one JSON value: more text from column {end + 1}"
+                    fault = f"not one JSON value: more text from column {after_blank(line, end) + 1}"
             except json.JSONDecodeError as error:
                 value, fault = None, f"not JSON: {error.msg} at column {error.colno}"
             yield as_row(value, fault, file.at(number), line)
@@ -417,7 +417,7 @@ def broken_json(file: TextFile, content: str, position: int, problem: str) -> Da
     line = content.count("\n", 0, position) + 1
     column = position - content.rfind("\n", 0, position)
     head = content[:200].lstrip().lower()
-    if position >= len(content.rstrip()):
+    if position >= len(content.rstrip()) or problem.startswith("Unterminated string"):
         problem = f"the file ends in the middle ({problem})"
         hint = "It may have been cut while downloading or writing: get it again."
     elif head.startswith(("<!doctype", "<html")):

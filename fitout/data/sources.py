@@ -46,7 +46,7 @@ def read(source: SourceSettings, base: Path) -> Iterator[RawRow | BadRow]:
 
 
 def probe(source: SourceSettings, base: Path, count: int = 100) -> list[dict[str, Any]]:
-    """About `count` rows to detect a format from: the first of every file (of `count` files at most), bad ones left out."""
+    """About `count` good rows to detect a format from: the first of every file, of `count` files at most."""
     files = list_files(source, base).files
     if not files:  # a hub id
         rows = read(source.model_copy(update={"limit": count}), base)

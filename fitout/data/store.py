@@ -19,6 +19,7 @@ SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
         ("train_on", pa.large_list(pa.uint8())),
+        ("cut", pa.large_list(pa.int32())),  # what truncation left out, for the token view
         ("group", pa.int64()),  # samples of one conversation are shuffled together
         ("file", pa.string()),
         ("line", pa.int64()),
@@ -50,6 +51,7 @@ def _record(batch: Sequence[tuple[int, Tokens]]) -> pa.RecordBatch:
         [
             pa.array([t.ids for t in tokens], SCHEMA.field("ids").type),
             pa.array([[int(on) for on in t.train_on] for t in tokens], SCHEMA.field("train_on").type),
+            pa.array([t.cut for t in tokens], SCHEMA.field("cut").type),
             pa.array([group for group, _ in batch], pa.int64()),
             pa.array([t.origin.file for t in tokens], pa.string()),
             pa.array([t.origin.line for t in tokens], pa.int64()),
@@ -94,6 +96,10 @@ class Part:
     def train_on(self, row: int) -> np.ndarray:
         """(n,) uint8, a view of the file."""
         return self._train_on[self._offsets[row] : self._offsets[row + 1]]
+
+    def cut(self, row: int) -> list[int]:
+        """The ids that truncation left out of this row."""
+        return self.table["cut"][row].as_py()
 
     def origin(self, row: int) -> Origin:
         values = [self.table[name][row].as_py() for name in ("file", "line", "part")]

@@ -37,7 +37,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.55 system-ui, -apple-system, "Segoe UI",
   "Noto Sans", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 28px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 52px 0 6px; padding-top: 14px; border-top: 1px solid var(--line); }
 h3 { font-size: 15px; margin: 26px 0 8px; }
@@ -50,7 +50,7 @@ p { margin: 6px 0 12px; max-width: 76ch; }
 .figure .numbers .from { color: var(--soft); font-weight: 450; }
 .wide { overflow-x: auto; margin-bottom: 18px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
+th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 th { font-size: 12.5px; font-weight: 600; color: var(--soft); white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td.number small { display: block; font-size: 12px; }
@@ -252,7 +252,7 @@ def _by_group(result: EvaluationResult) -> str:
                 for name in names[1:]
             ]
             cells = [text(group), f"{first.base.n:,}", _number(first.base), _number(first.tuned)]
-            rows.append([*cells, _number(first.difference, signed=True), drawing.dots(first, width=130), *others])
+            rows.append([*cells, _number(first.difference, signed=True), drawing.dots(first, width=100), *others])
         main = text(label(names[0]))
         headers = [
             dimension.capitalize(),

@@ -32,9 +32,7 @@ def learning_rate(step: int, total: int, peak: float, settings: TrainSettings) -
     return peak * (1 - done) if settings.schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def state_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
-) -> dict[str, torch.Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The optimizer's state by parameter name: `NAME|exp_avg`, `NAME|exp_avg_sq`, `NAME|step`."""
     tensors = {}
     for name, parameter in parameters.items():

@@ -24,7 +24,7 @@ LOG = [
     {"event": "evaluated", "step": 5, "validation_loss": 0.75},
     {"event": "evaluated", "step": 10, "validation_loss": 0.625},
     {"event": "saved", "step": 10},
-    {"event": "resumed", "step": 10, "loss": 99.0},
+    {"event": "resumed", "step": 7, "loss": 99.0},
 ]
 
 
@@ -178,6 +178,7 @@ def test_curves_take_the_last_run_of_a_step_and_count_what_is_not_a_number():
         and validation == [(5.0, 0.75), (10.0, 0.625)]
         and broken == 2
     )
+    assert dict(training)[7.0] == 2 / 7  # events are not steps
     points, width = drawing.thin([(float(at), 1.0) for at in range(1000)])
     assert len(points) <= 300 and width == 4 and points[0] == (1.5, 1.0)
 

@@ -1,0 +1,81 @@
+"""`fitout data check` and `fitout data xray`: looking at data without changing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from ..files import write_text
+
+if TYPE_CHECKING:
+    from ..verbs import Xray
+    from .screen import Terminal
+
+
+def check_files(files: list[Path], format: str | None, screen: Terminal) -> int:
+    """Findings of each file; returns how many are errors."""
+    import json
+
+    from ..data import SourceSettings
+    from ..data.lint import check_source
+    from .screen import draw_findings
+
+    errors, told = 0, {}
+    for file in files:
+        found = check_source(SourceSettings(path=str(file), format=format), Path())
+        errors += sum(one.count for one in found if one.severity == "error")
+        told[str(file)] = [
+            {
+                "severity": f.severity,
+                "code": f.code,
+                "count": f.count,
+                "message": f.message,
+                "origins": list(map(str, f.origins)),
+            }
+            for f in found
+        ]
+        if not screen.machine:
+            screen.console.print(Text(str(file), style="bold"))
+            screen.console.print(draw_findings(found))
+    if screen.machine:
+        print(json.dumps({"errors": errors, "files": told}, ensure_ascii=False))
+    return errors
+
+
+def show_xray(view: Xray, row: int | None, rows: int, html: Path | None, screen: Terminal) -> None:
+    """Draws rows (numbered from 1) with their tokens coloured, and the figures of the whole set."""
+    from ..chat.xray import Row, as_markup, page, pieces
+
+    numbers = [row] if row else list(range(1, min(rows, len(view.part)) + 1))
+    if row and row > len(view.part):
+        from ..errors import RequestError
+
+        raise RequestError(f"--row {row}: the training part has {len(view.part):,} rows")
+    part = view.part
+    shown = [
+        Row(n, str(part.origin(n - 1)), pieces(view.chat, part.ids(n - 1), part.train_on(n - 1), part.cut(n - 1)))
+        for n in numbers
+    ]
+    figures = _figures(view.report)
+    for one in shown:
+        screen.console.print(Text(f"row {one.number}, {one.origin}", style="bold"), soft_wrap=True)
+        screen.console.print(Text.assemble(*as_markup(one)))
+    for name, value in figures.items():
+        screen.say(f"{name}: {value}")
+    if html:
+        write_text(html, page(shown, figures))
+        screen.say(f"page: {html}")
+
+
+def _figures(report: dict[str, Any]) -> dict[str, str]:
+    part = report["parts"]["train"]
+    return {
+        "training rows": f"{part['rows']:,}",
+        "tokens": f"{part['tokens']:,}",
+        "supervised": f"{part['supervised']:,} ({100 * part['supervised'] / max(1, part['tokens']):.1f} %)",
+        "rows cut": f"{report['repaired'].get('cut to max_length', 0):,}",
+        "rows without a supervised end": f"{part['no_end']:,}",
+        "rows too long, removed": f"{report['removed'].get('too long', 0):,}",
+    }
