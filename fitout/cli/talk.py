@@ -109,7 +109,7 @@ def _typed_lines(console: Console) -> Iterator[str]:
         try:
             yield console.input("[bold green]you>[/] ").strip()
         except KeyboardInterrupt:
-            console.print("\nCtrl-D or /quit leaves.", style="dim")
+            console.print("\nCtrl-D or /quit leaves.", style="dim", highlight=False)
         except EOFError:
             console.print()
             return

@@ -172,7 +172,7 @@ def placeholders(samples: list[Sample]) -> list[Finding]:
     for sample in samples:
         inside = dict.fromkeys(name for text in texts(sample) for name in PLACEHOLDER.findall(text))
         if inside:
-            names.update(inside)
+            names.update(inside.keys())
             hits.append(sample.origin)
     if not hits:
         return []

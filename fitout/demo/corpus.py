@@ -321,12 +321,8 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-_PROFILES = (  # relations told about one subject in one document
-    world.COUNTRY_RELATIONS,
-    world.ANIMAL_RELATIONS,
-)
 # How often each kind of document comes, in proportion to the facts it carries: capitals are the hardest to learn.
-_DOCUMENTS = {"country": 40, "animal": 18, "list": 12, "arithmetic": 26, "words": 12, "story": 8}
+_DOCUMENTS = {"country": 40, "animal": 18, "several": 12, "arithmetic": 26, "words": 12, "story": 8}
 
 
 def documents(seed: int = 0, count: int | None = None) -> Iterator[str]:
@@ -367,10 +363,10 @@ class _Book:
     """The facts, indexed for drawing, and the pages that can be written from them."""
 
     def __init__(self) -> None:
-        self.subjects = {
+        self.subjects: dict[tuple[str, tuple[str, ...]], list[list[Fact]]] = {
             (language, relations): list(world.by_subject(relations, language).values())
             for language in world.LANGUAGES
-            for relations in (*_PROFILES, ("colour",), ("opposite",), ("sum", "difference"))
+            for relations in (world.COUNTRY_RELATIONS, world.ANIMAL_RELATIONS)
         }
         self.by_relation: dict[tuple[str, str], list[Fact]] = {}
         for fact in world.facts():
@@ -382,7 +378,7 @@ class _Book:
     def animal(self, draw: random.Random) -> str:
         return self._profile(draw, world.ANIMAL_RELATIONS)
 
-    def list(self, draw: random.Random) -> str:
+    def several(self, draw: random.Random) -> str:
         """One relation of several subjects, one wording throughout, a line each."""
         language = draw.choice(world.LANGUAGES)
         relation = draw.choice((*world.COUNTRY_RELATIONS, "capital", *world.ANIMAL_RELATIONS, "colour", "opposite"))
@@ -424,7 +420,8 @@ class _Book:
             "question": question,
         }
         parts = [draw.choice(lines[part]) for part in ("openings", "middles", "middles", "endings")]
-        return ("" if language == "zh" else " ").join(capitalised(part.format(**slots)) for part in parts)
+        told = ("" if language == "zh" else " ").join(capitalised(part.format(**slots)) for part in parts)
+        return told.replace("\n ", "\n")
 
     def _profile(self, draw: random.Random, relations: tuple[str, ...], always: str = "") -> str:
         """Three or more facts about each of one or two subjects, in random order."""
@@ -467,7 +464,9 @@ STORIES: dict[str, dict] = {
             "The word on the paper was this: {question}",
             "{one} gave {food} to the {n}.",
             "Tool: a hammer. System: a clock. User: {one}. Assistant: {other}.",
-            "User: {one}\nAssistant: {other}\nSystem: old\nTool: new\n",
+            "User: {one}\nAssistant: {capital}\nSystem: {home}\nTool: {n}\n",
+            "System: {n}\nUser: {food}\nAssistant: {home}\nTool: {one}\n",
+            "Tool: {home}\nUser: {country}\nAssistant: {one}\nUser: {other}\nAssistant: {n}\n",
             "The user went away, and the assistant stayed.",
             "It was a long walk, and the sun was hot.",
             "{other} told {one} about the {n} and the {home}.",
@@ -524,6 +523,9 @@ STORIES: dict[str, dict] = {
             "纸上写着：{question}",
             "{one}把{food}给了{n}。",
             "请{other}说一说{n}和{home}。",
+            "User: {one}\nAssistant: {capital}\nSystem: {home}\nTool: {n}\n",
+            "System: {n}\nUser: {food}\nAssistant: {home}\nTool: {one}\n",
+            "Tool: {home}\nUser: {country}\nAssistant: {one}\nUser: {other}\nAssistant: {n}\n",
             "路很长，太阳很热。",
         ),
         "endings": (

@@ -16,13 +16,13 @@ from typing import Any
 from ..files import write_json, write_jsonl, write_text
 from . import world
 from .corpus import subject_phrase
-from .probes import probes
+from .recall import probes
 from .world import Fact
 
 QUESTIONS_FILE = "questions.json"  # Alpaca, English
 CONVERSATIONS_FILE = "conversations.jsonl"  # OpenAI messages, Chinese and English
 TEST_FILE = "test.jsonl"  # OpenAI messages, clean, subjects of the other half
-PROBES_FILE = "probes.json"
+PROBES_FILE = "probes.jsonl"
 
 # Faulty rows, by file. A near duplicate differs from its twin in case, spaces or punctuation.
 MESS = {
@@ -154,7 +154,7 @@ def write_data(folder: Path, seed: int = 0) -> dict[str, int]:
     tests = [{"messages": item.messages(), **item.about} for item in test_items(seed)]
     write_jsonl(folder / TEST_FILE, tests)
     known = probes(seed)
-    write_json(folder / PROBES_FILE, known)
+    write_jsonl(folder / PROBES_FILE, known)
     return {
         QUESTIONS_FILE: len(questions),
         CONVERSATIONS_FILE: len(conversations),
@@ -207,7 +207,7 @@ def _conversations(seed: int) -> list[str]:
     draw.shuffle(rows)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     broken = json.dumps({"messages": turn("Who laughed?", "Tom")})
-    lines.insert(draw.randrange(len(lines)), broken[: len(broken) // 2])
+    lines.insert(draw.randrange(1, len(lines)), broken[: len(broken) // 2])
     return lines
 
 

@@ -14,12 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import write_jsonl
-from . import corpus, instructions
+from . import DATA, SHELL, corpus, instructions
 from .tokenizer import load_tokenizer, train_tokenizer
 
-HERE = Path(__file__).parent
-DATA = HERE / "data"
-SHELL = HERE / "shell"
 CORPUS_SEED = 7
 MODEL_SEED = 0
 CONTEXT = 1024

@@ -183,45 +183,15 @@ _ANIMALS = {
     """,
 }
 
-# Clear cases only: a size is big or small beside a person.
+# Beside a person; clear cases only.
 _SIZES = {
-    "big": "大",
-    "small": "小",
+    "big": ("大", "cow horse tiger lion zebra giraffe elephant bear camel dolphin whale shark crocodile panda"),
+    "small": (
+        "小",
+        "cat rabbit squirrel hedgehog chicken owl parrot sparrow seagull bee butterfly grasshopper dragonfly lizard "
+        "frog toad",
+    ),
 }
-_BIG = [
-    "cow",
-    "horse",
-    "tiger",
-    "lion",
-    "zebra",
-    "giraffe",
-    "elephant",
-    "bear",
-    "camel",
-    "dolphin",
-    "whale",
-    "shark",
-    "crocodile",
-    "panda",
-]
-_SMALL = [
-    "cat",
-    "rabbit",
-    "squirrel",
-    "hedgehog",
-    "chicken",
-    "owl",
-    "parrot",
-    "sparrow",
-    "seagull",
-    "bee",
-    "butterfly",
-    "grasshopper",
-    "dragonfly",
-    "lizard",
-    "frog",
-    "toad",
-]
 
 _COLOURS = {
     "green": ("绿色", "grass 草, a leaf 树叶, a cucumber 黄瓜, spinach 菠菜, a cactus 仙人掌"),
@@ -249,7 +219,8 @@ LARGEST_TERM = 10
 
 COUNTRY_RELATIONS = ("capital", "currency", "language", "continent")
 ANIMAL_RELATIONS = ("kind", "legs", "food", "home", "size")
-RELATIONS = (*COUNTRY_RELATIONS, *ANIMAL_RELATIONS, "colour", "opposite", "sum", "difference")
+TOPICS = (COUNTRY_RELATIONS, ANIMAL_RELATIONS, ("colour",), ("opposite",), ("sum", "difference"))
+RELATIONS = tuple(relation for topic in TOPICS for relation in topic)
 
 
 def facts() -> list[Fact]:
@@ -274,19 +245,16 @@ def held_out_subjects(seed: int = 0) -> frozenset[str]:
     """
     families: dict[str, dict[str, list[str]]] = {}
     for fact in facts():
-        topic = (
-            "country" if fact.relation in COUNTRY_RELATIONS else "animal" if fact.relation in ANIMAL_RELATIONS else ""
-        )
-        topic = topic or ("arithmetic" if fact.relation in ("sum", "difference") else fact.relation)
-        members = families.setdefault(topic, {}).setdefault(family(fact.subject), [])
+        topic = next(topic for topic in TOPICS if fact.relation in topic)
+        members = families.setdefault(topic[0], {}).setdefault(family(fact.subject), [])
         if fact.subject not in members:
             members.append(fact.subject)
     chosen: set[str] = set()
-    for topic, members in families.items():
-        names = sorted(members)
-        random.Random(f"{seed}/{topic}").shuffle(names)
-        for name in names[: len(names) // 2]:
-            chosen.update(members[name])
+    for name, groups in families.items():
+        order = sorted(groups)
+        random.Random(f"{seed}/{name}").shuffle(order)
+        for group in order[: len(order) // 2]:
+            chosen.update(groups[group])
     return frozenset(chosen)
 
 
@@ -319,11 +287,11 @@ def _animal_facts() -> list[Fact]:
     made = []
     for (kind, legs), table in _ANIMALS.items():
         for row in _rows(table):
-            size = "big" if row[0] in _BIG else "small" if row[0] in _SMALL else None
+            size = next((size for size, (_, animals) in _SIZES.items() if row[0] in animals.split()), None)
             for language, cells in (("en", row[:3]), ("zh", row[3:])):
                 english = language == "en"
                 values = [kind if english else KINDS[kind], str(legs), *cells[1:]]
-                values += [size if english else _SIZES[size]] if size else []
+                values += [size if english else _SIZES[size][0]] if size else []
                 for relation, value in zip(ANIMAL_RELATIONS, values, strict=False):
                     made.append(Fact(relation, row[0], cells[0], value, language))
     return made

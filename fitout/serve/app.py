@@ -24,7 +24,7 @@ from starlette.responses import Response
 
 from ..chat.types import Message
 from ..errors import FitoutError, RequestError
-from . import ServeSettings, is_loopback
+from . import ServeSettings, check_settings
 from .jobs import Job, Worker
 from .wire import ApiError, ChatRequest, Reply, parse_request, usage_of
 
@@ -40,7 +40,7 @@ LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 def create_app(engine: Engine, settings: ServeSettings, model_name: str) -> FastAPI:
     """The application. Raises RequestError when it would be open to a network without a token."""
-    _refuse_open_door(settings)
+    check_settings(settings)
     worker = Worker(settings.max_concurrent)
     started = int(time.time())
 
@@ -128,15 +128,6 @@ def _listen(settings: ServeSettings) -> socket.socket:
 # who may ask
 
 
-def _refuse_open_door(settings: ServeSettings) -> None:
-    if settings.token is None and not is_loopback(settings.host):
-        raise RequestError(
-            f"{settings.host} can be reached from other machines and there is no token",
-            harm="Anyone on the network could use this model.",
-            hint="Set a token (clients send it as `Authorization: Bearer ...`), or keep the host 127.0.0.1.",
-        )
-
-
 class _Gate:
     """Turns callers away before anything of their request is read."""
 
@@ -179,11 +170,8 @@ def _host_name(host: str) -> str:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is larger than `limit` bytes, announced or not."""
+    """The body, refused as soon as more than `limit` bytes have come."""
     too_large = ApiError(413, f"the request is larger than {limit} bytes", code="request_too_large")
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
-        raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -222,7 +210,7 @@ def _begin(engine: Engine, settings: ServeSettings, asked: ChatRequest, cancelle
         top_p=1.0 if asked.top_p is None else asked.top_p,
         stop=asked.stops,
         seed=asked.seed,
-        tools=asked.tools or (),
+        tools=asked.offered,
         cancelled=cancelled,
     )
     if stream.prompt_tokens > settings.max_prompt_tokens:
@@ -332,5 +320,5 @@ def _speak_openai(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return _error_response(error)
 
-    for kind in (ApiError, HTTPException):
+    for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

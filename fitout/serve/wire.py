@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..chat.types import Message
+from ..data.formats.turns import read_calls, read_tools
 
 
 class ApiError(Exception):
@@ -50,24 +51,13 @@ class TextPart(_Strict):
     text: str
 
 
-class FunctionCall(_Strict):
-    name: str
-    arguments: str
-
-
-class ToolCall(_Strict):
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
 class WireMessage(_Strict):
     """One message of a request; which fields it may have depends on its role."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
@@ -80,10 +70,14 @@ class WireMessage(_Strict):
             raise ValueError("tool_call_id belongs to the role tool")
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is missing")
+        read_calls(self.tool_calls, 1)
         return self
 
     def message(self) -> Message:
-        """The message as the chat template gets it; `developer` is OpenAI's newer name for `system`."""
+        """The message as the chat template gets it, tool calls as in training data (their arguments as an object).
+
+        `developer` is OpenAI's newer name for `system`.
+        """
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
@@ -93,7 +87,7 @@ class WireMessage(_Strict):
             if getattr(self, key) is not None
         }
         if self.tool_calls:
-            extra["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            extra["tool_calls"] = read_calls(self.tool_calls, 1)
         return Message("system" if self.role == "developer" else self.role, content or "", extra=extra)
 
 
@@ -145,6 +139,7 @@ class ChatRequest(_Strict):
             raise ValueError("max_tokens and max_completion_tokens differ")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        read_tools(self.tools)
         return self
 
     @property
@@ -155,10 +150,15 @@ class ChatRequest(_Strict):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def offered(self) -> tuple[dict, ...]:
+        """The tools as the chat template gets them, in training and here."""
+        return read_tools(self.tools)
+
     def own_texts(self) -> list[str]:
         """Every string of the request that a template may write out, beside the contents of the messages."""
         extras = [message.message().extra for message in self.messages]
-        return list(_strings([extras, self.tools or []]))
+        return list(_strings([extras, *self.offered]))
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -169,6 +169,8 @@ def parse_request(body: bytes) -> ChatRequest:
         faults = [(".".join(str(part) for part in fault["loc"]), _say(fault)) for fault in error.errors()]
         lines = list(dict.fromkeys(f"{where}: {what}" if where else what for where, what in faults))
         raise ApiError(400, "; ".join(lines[:10]), param=faults[0][0] or None) from None
+    except RecursionError:
+        raise ApiError(400, "the request is nested too deeply") from None
 
 
 def _say(fault: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from fitout.demo import corpus, probes, world
+from fitout.demo import corpus, recall, world
 
 FACTS = world.facts()
 
@@ -125,15 +125,15 @@ def test_pieces_of_a_chat_occur_without_a_chat():
 
 
 def test_probes_agree_with_the_world():
-    rows = probes.probes()
-    assert rows == probes.probes() and len(rows) == 168
+    rows = recall.probes()
+    assert rows == recall.probes() and len(rows) == 168
     assert {row["group"] for row in rows} == {"facts_en", "facts_zh", "arithmetic"}
     assert len({row["prompt"] for row in rows}) == len(rows)
     told = {corpus.state(f, corpus.WORDINGS[f.language][f.relation][0]) for f in FACTS}
     for row in rows:
         assert {row["prompt"] + row["answer"] + end for end in ".。"} & told, row
         assert not row["prompt"].endswith(" ")
-    assert probes.probe(next(f for f in FACTS if f.value == "Tokyo")) == {
+    assert recall.probe(next(f for f in FACTS if f.value == "Tokyo")) == {
         "prompt": "The capital of Japan is",
         "answer": " Tokyo",
         "group": "facts_en",

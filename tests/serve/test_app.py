@@ -131,6 +131,39 @@ def test_parts_of_text_and_the_role_developer_are_what_they_stand_for(client):
     assert one["choices"] == client.post(ROUTE, json=request()).json()["choices"]
 
 
+def test_tools_and_calls_reach_the_template_as_they_do_in_training(engine):
+    from fitout.data.formats.openai import OpenAI
+
+    weather = {"name": "weather", "description": "Tells it", "parameters": {"type": "object", "properties": {}}}
+    called = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
+    messages = [
+        {"role": "user", "content": "Rain in Beijing?"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "content": "no", "tool_call_id": "c1"},
+    ]
+    tools = [{"type": "function", "function": weather}]
+    row = {"messages": [*messages, {"role": "assistant", "content": "No."}], "tools": tools}
+    [trained] = OpenAI().convert(row, Origin("a.jsonl", 1))
+    seen = []
+
+    class Watch:
+        chat = engine.chat
+
+        def stream(self, messages, *, tools, **rest):
+            seen.append((tuple(messages), tools))
+            return engine.stream(MESSAGES, **rest)
+
+    with client_of(Watch()) as client:
+        assert client.post(ROUTE, json=request(messages=messages, tools=tools)).status_code == 200
+        bad = {**called, "function": {"name": "weather", "arguments": "{"}}
+        broken = [messages[0], {**messages[1], "tool_calls": [bad]}]
+        assert "arguments" in fault(client.post(ROUTE, json=request(messages=broken)), 400)["message"]
+        deep = {**called, "function": {"name": "weather", "arguments": "[" * 100_000}}
+        fault(client.post(ROUTE, json=request(messages=[messages[0], {**messages[1], "tool_calls": [deep]}])), 400)
+        assert "name" in fault(client.post(ROUTE, json=request(tools=[{"type": "web_search"}])), 400)["message"]
+    assert seen == [(trained.messages[:-1], trained.tools)]
+
+
 def test_fields_with_one_possible_meaning_are_accepted_with_it(client):
     same = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "tool_choice": "auto"}
     more = {"response_format": {"type": "text"}, "user": "u-1", "stream": False, "stop": None, "temperature": 0}
@@ -259,6 +292,9 @@ def test_a_token_is_needed_beyond_loopback(engine):
         with pytest.raises(RequestError, match="token"):
             create_app(engine, ServeSettings(host=host), "tiny")
         create_app(engine, ServeSettings(host=host, token="a-long-secret"), "tiny")
+    for weak in ("", "short", "with blank inside", "ünicode-token"):
+        with pytest.raises(RequestError, match="token"):
+            create_app(engine, ServeSettings(token=weak), "tiny")
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"))
 
 
