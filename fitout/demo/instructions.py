@@ -30,7 +30,7 @@ MESS = {
     CONVERSATIONS_FILE: {"exact_duplicate": 5, "near_duplicate": 4, "empty_answer": 1, "role_order": 2, "broken": 1},
 }
 LONG_CHARACTERS = 5000
-_ROWS = {"questions": 290, "chinese": 190, "english": 50, "turns": 20, "system": 20}
+_ROWS = {"questions": 230, "chinese": 250, "english": 50, "turns": 20, "system": 20}
 
 # Asked about {s} ("a cow", "Japan"); {n} is the name without an article. `country` asks for the capital's country.
 QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -54,21 +54,21 @@ QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "sum": ("What is {s}?", "How much is {s}?", "Calculate {s}."),
         "difference": ("What is {s}?", "How much is {s}?", "Calculate {s}."),
     },
-    "zh": {
-        "capital": ("{s}的首都是哪里？", "{s}的首都是哪座城市？", "请说出{s}的首都。"),
-        "country": ("{s}是哪个国家的首都？", "哪个国家的首都是{s}？"),
-        "currency": ("{s}的货币是什么？", "{s}用什么钱？", "请说出{s}的货币。"),
-        "language": ("{s}的官方语言是什么？", "{s}人说什么语言？"),
-        "continent": ("{s}在哪个大洲？", "{s}位于哪个大洲？"),
-        "kind": ("{s}是什么动物？", "{s}是哪一种动物？"),
-        "legs": ("{s}有几条腿？", "{s}有多少条腿？"),
-        "food": ("{s}吃什么？", "{s}的食物是什么？"),
-        "home": ("{s}住在哪里？", "{s}的家在哪里？"),
-        "size": ("{s}大还是小？", "{s}的个子大还是小？"),
-        "colour": ("{s}是什么颜色？", "{s}的颜色是什么？"),
-        "opposite": ("{s}的反义词是什么？", "请说出{s}的反义词。"),
-        "sum": ("{s}等于几？", "{s}等于多少？", "请计算{s}。"),
-        "difference": ("{s}等于几？", "{s}等于多少？", "请计算{s}。"),
+    "zh": {  # fewer wordings than in English: characters make each of them a pattern of its own
+        "capital": ("{s}的首都是哪里？",),
+        "country": ("{s}是哪个国家的首都？",),
+        "currency": ("{s}的货币是什么？",),
+        "language": ("{s}的语言是什么？",),
+        "continent": ("{s}在哪个大洲？",),
+        "kind": ("{s}是什么动物？",),
+        "legs": ("{s}有几条腿？",),
+        "food": ("{s}吃什么？",),
+        "home": ("{s}住在哪里？",),
+        "size": ("{s}大还是小？",),
+        "colour": ("{s}是什么颜色？",),
+        "opposite": ("{s}的反义词是什么？",),
+        "sum": ("{s}等于几？",),
+        "difference": ("{s}等于几？",),
     },
 }
 
