@@ -7,7 +7,7 @@
     |   +-- TemplateError                a chat template that would train the wrong thing
     |   +-- ModelError                   a base model or adapter that cannot be used
     |   +-- RunExistsError               a run directory that is taken
-    +-- CheckError              exit 1   a self-check refused to go on (a merge that changes logits, a broken checkpoint)
+    +-- CheckError              exit 1   a self-check refused to go on (a merge that changes logits, say)
     +-- Stopped                 exit 3   stopped on request, with a checkpoint
 
 Every one says the cause (`message`), the harm it would have done (`harm`) and what to change (`hint`).

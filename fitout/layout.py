@@ -1,8 +1,8 @@
 """Layout: what one forward pass computes. Shared by data (which makes them), model and objectives (which read them).
 
-A layout is one row of T tokens that holds several documents, each a *segment*. A segment attends causally to itself and
-fully to its ancestors (`parent`), so samples with a common beginning can share it as a tree. There is no padding and no
-label tensor: what is trained is a list of *targets*, each (position, token, weight, sample), and nothing is ever shifted.
+A layout is one row of T tokens that holds several documents, each a *segment*. A segment attends causally to itself
+and fully to its ancestors (`parent`), so samples with a common beginning can share it as a tree. There is no padding
+and no label tensor: what is trained is a list of *targets*, each (position, token, weight, sample), never shifted.
 """
 
 from __future__ import annotations

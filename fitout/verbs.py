@@ -60,6 +60,7 @@ def run(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | None 
     """prepare, train, evaluate, merge; a run that was stopped or killed goes on where it was."""
     screen = screen or Screen()
     directory = run_directory(recipe, out)
+    _check_retention(recipe)
     with _working(directory, recipe, screen):
         _train(recipe, directory, screen, resume=True)
         if _main_process():
@@ -250,7 +251,8 @@ def _prepare(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) -> t
     screen.say(f"training tokens: {part['tokens']:,}, of them trained {part['supervised']:,} ({share:.0f} %)")
     if part["no_end"]:
         screen.say(f"{part['no_end']:,} training samples end without a trained end of turn (cut to max_length)")
-    directory.update_status(data_fingerprint=prepared.fingerprint)
+    if _main_process():
+        directory.update_status(data_fingerprint=prepared.fingerprint)
     return prepared, report
 
 
@@ -260,7 +262,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
 
     from .data.batches import Batches
     from .model import methods
-    from .model.load import DTYPES, grow_vocabulary, load_adapter, load_base, resolve
+    from .model.load import DTYPES, grow_vocabulary, hidden_width, load_adapter, load_base, resolve
     from .model.methods.base import count, trainable
     from .model.precision import best_device, decide
     from .objectives import create
@@ -268,33 +270,35 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
     from .train.listeners import make_listeners
     from .train.loop import Job, fit
 
-    status = directory.read_status()
-    device = best_device()
-    kind = status.get("precision")  # a run keeps the precision it began with
-    if kind is None:
-        precision = decide(recipe.train.precision, device)
-        kind = precision.kind
-        screen.say(f"computing in {kind} on {device.type}: {precision.why}")
-    method = methods.create(recipe.method)
-    backend = Backend(device, kind, autocast=kind != "fp32" and not method.frozen_base)
-
     chat = _open_chat(recipe)
+    parts = resolve(recipe.model.base)
+    device = best_device()
+    backend = Backend(device)
+    kind = directory.read_status().get("precision")  # a run keeps the precision it began with
+    if kind is None:
+        precision = decide(recipe.train.precision, device, width=hidden_width(parts.base))
+        screen.say(f"computing in {precision.kind} on {device.type}: {precision.why}")
+        kind = precision.kind
+    kind = backend.agree(kind, tuple(DTYPES))
+    method = methods.create(recipe.method)
+    stored_low = method.frozen_base and not chat.grown  # trained embeddings stay in fp32, as full weights do
+    backend.compute_in(kind, autocast=not stored_low)
+
     if backend.main:
         prepared, report = _prepare(recipe, directory, chat, screen)
     backend.barrier()
     if not backend.main:
         prepared, report = _prepare(recipe, directory, chat, screen)
 
-    parts = resolve(recipe.model.base)
-    frozen = DTYPES[kind] if method.frozen_base else torch.float32
     model = load_base(
         parts.base,
-        dtype=frozen,
+        dtype=DTYPES[kind] if stored_low else torch.float32,
         packed=recipe.data.packing,
         revision=recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
         device=device,
     )
+    packing = recipe.data.packing and _packs(model, screen)
     if parts.adapter:
         load_adapter(model, parts.adapter).merge(model)
     if chat.grown:
@@ -311,8 +315,8 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         batch_size=recipe.train.batch_size,
         batch_tokens=recipe.train.batch_tokens,
         seed=recipe.train.seed,
-        packing=recipe.data.packing,
-        share=recipe.data.packing,
+        packing=packing,
+        share=packing,
     )
     total = recipe.train.max_steps or batches.steps_in(recipe.train.epochs)
     lr = recipe.train.lr or recipe.method.default_lr
@@ -353,12 +357,25 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
     backend.close()
 
 
+def _packs(model: Any, screen: Screen) -> bool:
+    """Whether this model keeps packed documents apart; where it does not, each sample gets a forward of its own."""
+    from .model.attention import documents_apart
+
+    if documents_apart(model) == 0:
+        return True
+    model.set_attn_implementation("sdpa")
+    screen.say(
+        "this model carries information across packed documents: samples are computed one by one, without packing"
+    )
+    return False
+
+
 def _go_on_from(recipe: Recipe, model: Any, method: Any) -> None:
     """Loads an earlier adapter as the starting point; its shape must be the recipe's."""
-    from .model.load import _adapter_folder
+    from .model.load import adapter_folder
     from .model.methods import lora
 
-    folder = _adapter_folder(recipe.model.adapter)
+    folder = adapter_folder(str(recipe.model.adapter))
     if not isinstance(method, lora.Lora):
         raise RequestError(
             f"model.adapter is a LoRA adapter, and method is {recipe.method.kind}",
@@ -464,7 +481,8 @@ def _told(progress: Progress, directory: RunDir) -> list[str]:
     ]
     if progress.base_loss is not None and progress.best_loss is not None:
         lines.append(
-            f"validation loss: base {progress.base_loss:.4f} -> best {progress.best_loss:.4f} (step {progress.best_step})"
+            f"validation loss: base {progress.base_loss:.4f} -> best {progress.best_loss:.4f} "
+            f"(step {progress.best_step})"
         )
     if progress.skipped:
         lines.append(f"{progress.skipped} steps were skipped: their gradients were not finite (see log.jsonl)")
@@ -478,6 +496,13 @@ def _probes(recipe: Recipe) -> list[dict[str, str]] | None:
     from .demo import probes
 
     return probes()
+
+
+def _check_retention(recipe: Recipe) -> None:
+    """A retention file that cannot be read should say so now, not after hours of training."""
+    from .evaluate import retention
+
+    retention.load(recipe.evaluate.retention, _probes(recipe))
 
 
 def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = False) -> Any:

@@ -7,19 +7,16 @@ about a template, and training and inference cannot drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import TemplateError
 from . import ChatSettings
 from .tokenizer import LoadedTokenizer, load_tokenizer
 from .types import Conversation, Message, Origin, Text, Tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 SAMPLE = (Message("user", "Which way is north?"), Message("assistant", "That way."))
 
@@ -36,7 +33,7 @@ class Chat:
     """A tokenizer and its template, ready to render. Make one with `open_chat`."""
 
     def __init__(self, loaded: LoadedTokenizer):
-        self.tokenizer: PreTrainedTokenizerFast = loaded.tokenizer
+        self.tokenizer: Any = loaded.tokenizer
         self.template_name = loaded.template
         self.grown = loaded.grown
         self.notes = loaded.notes
@@ -115,11 +112,12 @@ class Chat:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def forged(self, messages: Iterable[Message]) -> str | None:
-        """The first control token that a message's own text spells, if any."""
+        """The first control token that a message's own text (content, name, tool calls) spells, if any."""
         for message in messages:
-            for token in self.control:
-                if token in message.content:
-                    return token
+            for text in texts_in([message.content, message.extra]):
+                for token in self.control:
+                    if token in text:
+                        return token
         return None
 
     # the walk
@@ -147,8 +145,8 @@ class Chat:
             ) from error
 
     def _strings(self, conversation: Conversation) -> list[_Rendered]:
-        """The strings to encode. Where every turn's prompt is a beginning of the whole, that is one string; otherwise the
-        template rewrites history, and each supervised turn gets the context it will really see at inference."""
+        """The strings to encode. Where every turn's prompt is a beginning of the whole, that is one string; otherwise
+        the template rewrites history, and each supervised turn gets the context it will see at inference."""
         messages, tools = conversation.messages, conversation.tools
         turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.train]
         whole = self._template(messages, tools, generation=False)
@@ -235,6 +233,19 @@ class Chat:
                 harm="At inference the prompt is encoded alone: the model would meet ids it was not trained on.",
                 hint="End the template's generation prompt with a newline or a control token.",
             )
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every string in a nested value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from texts_in(key)
+            yield from texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from texts_in(inner)
 
 
 def open_chat(base: str | Path, settings: ChatSettings | None = None, *, trust_remote_code: bool = False) -> Chat:

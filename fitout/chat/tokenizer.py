@@ -20,9 +20,9 @@ ROLE_TOKEN = re.compile(r"<\|[a-z0-9_]+\|>")
 
 @dataclass
 class LoadedTokenizer:
-    """A tokenizer with its chat template set. `grown` says whether tokens were added that the base has no embedding for."""
+    """A tokenizer with its template set. `grown`: tokens were added that the base has no embedding for."""
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Any
     template: str  # where the template came from: "the tokenizer's own", "plain", a path
     grown: bool = False
     notes: list[str] = field(default_factory=list)
@@ -31,7 +31,7 @@ class LoadedTokenizer:
 def load_tokenizer(base: str, settings: ChatSettings, *, trust_remote_code: bool = False) -> LoadedTokenizer:
     """Loads the tokenizer of `base` (a folder or hub id) and settles template and special tokens.
 
-    Raises ModelError when there is no (fast) tokenizer, TemplateError when a template asks for tokens that are not there.
+    Raises ModelError when there is no (fast) tokenizer, TemplateError when a template asks for tokens it lacks.
     """
     tokenizer = _open(base, trust_remote_code)
     loaded = LoadedTokenizer(tokenizer, "the tokenizer's own")
@@ -44,7 +44,7 @@ def load_tokenizer(base: str, settings: ChatSettings, *, trust_remote_code: bool
                 f"the template {loaded.template} uses {', '.join(missing)}, which this tokenizer does not have",
                 where=base,
                 harm="Each would be split into ordinary pieces, and no engine would know where a turn ends.",
-                hint="Set chat.add_tokens: true (their embeddings are then trained and saved), or chat.template: plain.",
+                hint="Set chat.add_tokens: true (their embeddings are trained and saved), or chat.template: plain.",
             )
         if missing:
             tokenizer.add_special_tokens({"additional_special_tokens": missing})
@@ -62,7 +62,7 @@ def load_tokenizer(base: str, settings: ChatSettings, *, trust_remote_code: bool
     return loaded
 
 
-def _open(base: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+def _open(base: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -107,7 +107,7 @@ def _template_text(tokenizer: PreTrainedTokenizerFast, settings: ChatSettings, l
 
 
 def _baked(values: dict[str, Any]) -> str:
-    """Template arguments as `set` statements at its beginning, so that every engine that loads the folder obeys them."""
+    """Template arguments as `set` statements at its beginning, so that every engine that loads it obeys them."""
     lines = []
     for name, value in values.items():
         if not name.isidentifier():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
@@ -39,12 +39,12 @@ def pieces(chat: Chat, ids: Sequence[int], train_on: Sequence[int], cut: Sequenc
     kinds = [TRAINED if on and at else CONTEXT for at, on in enumerate(train_on)] + [CUT] * len(cut)
     shown, runs = "", []
     everything = [*map(int, ids), *map(int, cut)]
-    decode = chat.tokenizer.decode
+    tokenizer: Any = chat.tokenizer
     start = 0
     for at in range(1, len(everything) + 1):
         if at < len(everything) and kinds[at] == kinds[start]:
             continue
-        whole = decode(everything[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        whole = tokenizer.decode(everything[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         runs.append(Piece(kinds[start], whole[len(shown) :], tuple(everything[start:at])))
         shown, start = whole, at
     return tuple(runs)
@@ -73,7 +73,7 @@ def page(rows: Iterable[Row], figures: dict[str, str]) -> str:
     """The view as a page that stands alone; hovering a run shows its token ids."""
     body = [
         "<h1>Tokens as trained</h1>",
-        "<p class=key><span class=trained>trained</span><span class=context>context</span><span class=cut>cut</span></p>",
+        "<p class=key>" + "".join(f"<span class={kind}>{kind}</span>" for kind in (TRAINED, CONTEXT, CUT)) + "</p>",
         "<table>" + "".join(f"<tr><td>{escape(k)}<td>{escape(v)}</tr>" for k, v in figures.items()) + "</table>",
     ]
     for row in rows:

@@ -134,7 +134,10 @@ def chat(
 
     with open_screen() as screen:
         engine = verbs.open_engine(model, adapter=adapter)
-        talk(engine, system=system, max_new_tokens=max_new_tokens, temperature=temperature, console=screen.console)
+        code = talk(
+            engine, system=system, max_new_tokens=max_new_tokens, temperature=temperature, console=screen.console
+        )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -147,18 +150,17 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     token: Annotated[str | None, typer.Option(envvar="FITOUT_TOKEN", help="what clients must send as Bearer")] = None,
     name: Annotated[str | None, typer.Option(help="the model name clients use")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="the longest answer a client may ask for")] = 1024,
 ) -> None:
     """An OpenAI-compatible server."""
     from .. import verbs
-    from ..serve import ServeSettings
-    from .screen import open_screen
+    from ..serve import ServeSettings, check_settings
 
-    with open_screen():
-        from ..serve.app import serve as start
+    settings = ServeSettings(host=host, port=port, token=token, max_new_tokens=max_new_tokens)
+    check_settings(settings)
+    from ..serve.app import serve as start
 
-        settings = ServeSettings(host=host, port=port, token=token)
-        served = name or Path(model).name or "fitout"
-        start(verbs.open_engine(model, adapter=adapter), settings, model_name=served)
+    start(verbs.open_engine(model, adapter=adapter), settings, model_name=name or Path(model).name)
 
 
 @app.command()

@@ -37,7 +37,7 @@ def write_recipe(data: Path, model: str, method: str, to: Path) -> None:
 
 
 def _text(name: str, data: Path, form: str, model: str, method: str, objective: str) -> str:
-    return f"""# Written by `fitout init`. Every key left out has a default; `fitout data check` looks at the data first.
+    return f"""# Written by `fitout init`. Keys left out have defaults; `fitout data check` looks at the data first.
 name: {name}                      # the run goes into runs/{name}
 
 model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,8 @@ class Terminal:
 
     def __init__(self, machine: bool):
         self.machine = machine
-        self.console = Console(stderr=machine, highlight=False)
+        quiet = os.environ.get("RANK", "0") != "0"  # under torchrun only the first rank draws
+        self.console = Console(stderr=machine, highlight=False, quiet=quiet)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

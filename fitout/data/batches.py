@@ -52,7 +52,7 @@ class Batches:
         """The rows of each step of an epoch."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self._group_rows))
         if self.batch_tokens is None:
-            cuts = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+            cuts = [list(order[at : at + self.batch_size]) for at in range(0, len(order), self.batch_size)]
         else:
             cuts = self._by_tokens(order, self.batch_tokens)
         return [np.concatenate([self._group_rows[g] for g in cut]) for cut in cuts]

@@ -24,7 +24,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def families(samples: Sequence[np.ndarray], group: Sequence[int], depth: int = 0) -> list[list[int]]:
-    """Splits samples (indices `group`) by their next MIN_SHARED tokens after `depth`; each family in lexicographic order."""
+    """Splits samples (indices `group`) by the MIN_SHARED tokens after `depth`; each family in lexicographic order."""
     found: dict[bytes, list[int]] = {}
     for index in group:
         key = samples[index][depth : depth + MIN_SHARED]
@@ -44,12 +44,13 @@ def tree_tokens(samples: Sequence[np.ndarray], group: Sequence[int]) -> list[int
 def pack(samples: Sequence[np.ndarray], budget: int, *, multiple: int = 1, share: bool = True) -> list[list[int]]:
     """Divides a step's samples into micro-batches of about `budget` tokens, a multiple of `multiple` of them.
 
-    The micro-batches are made as equal as possible (largest first into the emptiest), so that no rank waits for another.
+    Micro-batches are made as equal as possible (largest first into the emptiest), so that no rank waits for another.
     A sample longer than the budget has a micro-batch of its own size. Empty ones fill up where ranks outnumber samples.
     """
     items: list[tuple[int, list[int]]] = []  # tokens, samples that lie together
     for group in families(samples, range(len(samples))) if share else [[i] for i in range(len(samples))]:
-        tokens, together = 0, []
+        tokens = 0
+        together: list[int] = []
         for index, added in zip(group, tree_tokens(samples, group), strict=True):
             if together and tokens + added > budget:
                 items.append((tokens, together))

@@ -93,7 +93,8 @@ def _bars(histogram: list[list[int]]) -> str:
     for at, (low, high, count) in enumerate(histogram):
         tall = count / most * (height - 20)
         drawn.append(
-            f'<rect class=bar x="{at * step + 2:.1f}" y="{height - tall:.1f}" width="{step - 4:.1f}" height="{tall:.1f}">'
+            f'<rect class=bar x="{at * step + 2:.1f}" y="{height - tall:.1f}" '
+            f'width="{step - 4:.1f}" height="{tall:.1f}">'
             f"<title>{low} to {high} tokens: {count:,}</title></rect>"
             f'<text x="{at * step + step / 2:.1f}" y="{height + 14}" text-anchor="middle">{high}</text>'
             + (

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +25,13 @@ from .dedupe import exact
 from .formats import RowError, choose
 from .page import write_page
 from .readers import RawRow
-from .sources import list_files, read
+from .sources import list_files, probe, read
 from .split import PARTS, split, weighted, weighting
 from .store import Prepared, open_prepared, write_fingerprint, write_part
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
 
-PEEK = 100  # rows looked at to find a source's format
 RENDER = 1000  # conversations rendered at a time
 Rendered = list[tuple[Sample, list[Tokens]]]
 Progress = Callable[[str, int], None]  # the stage, and how many samples it has done
@@ -169,15 +167,10 @@ def _read_all(sources: Sequence[SourceSettings], wants: str, work: _Work, say: P
 
 def _convert(source: SourceSettings, work: _Work) -> tuple[str, Iterator[Sample]]:
     """The format's name and the source's samples; rows that are none go to quarantine."""
-    rows = iter(read(source, Path()))
-    first = list(islice(rows, PEEK))
-    good = [one.row for one in first if isinstance(one, RawRow)]
-    if not good and not first:
-        raise DataError("there are no rows in this source", where=source.path, hint="Check the file, or remove it.")
-    plug = choose(good, source.format, source.columns, where=source.path)
+    plug = choose(probe(source, Path()), source.format, source.columns, where=source.path)
 
     def samples() -> Iterator[Sample]:
-        for one in chain(first, rows):
+        for one in read(source, Path()):
             if not isinstance(one, RawRow):
                 work.counts.samples += 1
                 work.reject(one.origin, one.reason, one.raw, "unreadable row")

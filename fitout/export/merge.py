@@ -28,7 +28,7 @@ def merge_adapter(base: str, adapter: Path, target: Path, *, name: str, facts: d
     """
     dtype = stored_dtype(base)
     chat = open_chat(adapter)
-    model = load_base(base, dtype=torch.float32, packed=False)
+    model: Any = load_base(base, dtype=torch.float32, packed=False)
     method = load_adapter(model, adapter)
     probes = probe_ids(chat, model.config.get_text_config().vocab_size)
     before = logits(model, probes)
@@ -42,7 +42,7 @@ def merge_adapter(base: str, adapter: Path, target: Path, *, name: str, facts: d
         difference = float((logits(fresh, probes) - before).abs().max() / before.abs().max())
         if not difference <= TOLERANCE[dtype]:
             raise CheckError(
-                f"the merged model's logits differ from the adapter's by {difference:.2g} (allowed: {TOLERANCE[dtype]:g})",
+                f"the merged logits differ from the adapter's by {difference:.2g} (allowed: {TOLERANCE[dtype]:g})",
                 where=str(target),
                 harm="The merged model would not be the one that was trained and evaluated; it was not kept.",
                 hint="Serve base and adapter instead, and report this with the model's name.",

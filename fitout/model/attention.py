@@ -9,6 +9,7 @@ costs about ten times as much (measured in ../benchmarks).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..layout import Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "fitout"
 
@@ -86,6 +90,37 @@ def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> 
     seen = torch.arange(keys, device=device)[None, :]
     allowed = seen <= at
     return allowed if window is None else allowed & (seen > at - window)
+
+
+@torch.no_grad()
+def documents_apart(model: PreTrainedModel) -> float | None:
+    """Packs three documents, changes the second, and returns how far the others' logits moved (0.0 when isolated).
+
+    None when the changed document's own logits did not move, so that nothing is shown. Attention is not all that can
+    carry information across a document's end (convolutions and recurrent states do too), so this asks the model itself.
+    """
+    lengths, device = (9, 13, 7), next(model.parameters()).device
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab, (1, sum(lengths)), generator=generator)
+    starts = (0, lengths[0], lengths[0] + lengths[1])
+    segments = tuple(Segment(a, a + n) for a, n in zip(starts, lengths, strict=True))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    second = slice(starts[1], starts[2])
+    changed = ids.clone()
+    changed[:, second] = (changed[:, second] + 1) % vocab
+    training = model.training
+    model.eval()
+    before, after = (
+        model(input_ids=x.to(device), position_ids=positions, segments=segments, use_cache=False).logits[0]
+        for x in (ids, changed)
+    )
+    model.train(training)
+    moved = (before - after).abs().amax(-1)
+    if float(moved[second].max()) == 0:
+        return None
+    moved[second] = 0
+    return float(moved.max())
 
 
 def register() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..errors import ModelError
 from ..files import atomic_open, read_json
@@ -35,8 +34,9 @@ class Resolved:
 def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
     """Finds what a user means: `embedded:shell`, a run directory, an adapter folder, a model folder, or a hub id."""
     name = str(what)
+    given = adapter_folder(adapter) if adapter else None
     if name == EMBEDDED:
-        return Resolved(str(SHELL), _adapter_folder(adapter), str(SHELL))
+        return Resolved(str(SHELL), given, str(SHELL))
     path = Path(what)
     if not path.exists():
         if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -46,13 +46,13 @@ def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
                 hint="Give a folder with config.json and *.safetensors, a run directory, a hub id (owner/name), "
                 f"or {EMBEDDED}.",
             )
-        return Resolved(name, _adapter_folder(adapter), name)
+        return Resolved(name, given, name)
     run = RunDir(path)
     if run.exists():
         if adapter is None and (run.merged / "config.json").exists():
             return Resolved(str(run.merged), None, str(run.merged))
         if (run.model / "config.json").exists():
-            return Resolved(str(run.model), _adapter_folder(adapter), str(run.model))
+            return Resolved(str(run.model), given, str(run.model))
         if not (run.adapter / "adapter_config.json").exists():
             raise ModelError(
                 "this run has no adapter/, model/ or merged/ yet",
@@ -63,13 +63,11 @@ def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
     if (path / "adapter_config.json").exists():
         base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
         return Resolved(resolve(base).base, path, str(path))
-    return Resolved(name, _adapter_folder(adapter), name)
+    return Resolved(name, given, name)
 
 
-def _adapter_folder(adapter: str | Path | None) -> Path | None:
+def adapter_folder(adapter: str | Path) -> Path:
     """The folder with adapter_config.json: the one given, or a run's."""
-    if adapter is None:
-        return None
     path = Path(adapter)
     for folder in (path, RunDir(path).adapter):
         if (folder / "adapter_config.json").exists():
@@ -123,7 +121,7 @@ def load_base(
     register()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
             attn_implementation=PACKED if packed else "sdpa",
@@ -138,6 +136,7 @@ def load_base(
             where=base,
             hint="Check the folder or hub id; for hub ids the network, HF_TOKEN (gated models) and HF_ENDPOINT.",
         ) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -150,11 +149,28 @@ def load_base(
     return model.to(device)
 
 
-def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
-    """Gives the model an embedding for every id of a tokenizer with `size` entries (new ones start at the mean)."""
-    if size > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(size)
-        model.fitout_grown_vocabulary = True
+def hidden_width(base: str) -> int:
+    """The model's hidden size, from its config; 512 where it does not say."""
+    from transformers import AutoConfig
+
+    _check_folder(base)
+    try:
+        config = AutoConfig.from_pretrained(base).get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError):
+        return 512  # loading the model will say what is wrong
+    return getattr(config, "hidden_size", 512)
+
+
+@torch.no_grad()
+def grow_vocabulary(model: Any, size: int) -> None:
+    """Gives the model an embedding for every id of a tokenizer with `size` entries; new ones are the mean of the old."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if size <= old:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.weight[old:] = module.weight[:old].float().mean(0).to(module.weight.dtype)
+    model.fitout_grown_vocabulary = True
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
@@ -165,7 +181,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
 
     settings = lora.settings_of(folder)
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 - not a dict
             if "lora_" not in name:
                 grow_vocabulary(model, file.get_slice(name).get_shape()[0])
     method = lora.create(settings)
@@ -182,7 +198,7 @@ def open_model(
 
     parts = resolve(what, adapter=adapter)
     device = best_device()
-    dtype = DTYPES[decide(precision, device).kind]
+    dtype = DTYPES[decide(precision, device, width=hidden_width(parts.base)).kind]
     model = load_base(parts.base, dtype=dtype, packed=False, device=device, trust_remote_code=trust_remote_code)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
@@ -198,7 +214,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         file.write(save(plain, {"format": "pt", **(metadata or {})}))
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
+def save_model(model: Any, folder: Path) -> None:
     """Writes a plain Hugging Face folder (config.json, generation_config.json, *.safetensors) into `folder`."""
     use_cache, model.config.use_cache = model.config.use_cache, True
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,11 @@ def inputs(layout: Layout, device: torch.device) -> dict[str, object]:
     }
 
 
-def token_losses(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
+def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     """Weighted sum of the targets' cross-entropies (scalar), and each target's own (N, detached).
 
-    The head runs on the supervised positions only, in chunks, when it is a plain linear layer; a model that does more to
-    its logits (soft-capping, scaling, an adapted head) goes through its own forward at those positions.
+    The head runs on the supervised positions only, in chunks, when it is a plain linear layer; a model that does more
+    to its logits (soft-capping, scaling, an adapted head) goes through its own forward at those positions.
     """
     device = next(model.parameters()).device
     at = torch.from_numpy(layout.target_at).to(device)
@@ -50,7 +50,7 @@ def token_losses(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
     return (losses * weights).sum(), losses.detach()
 
 
-def plain_head(model: nn.Module) -> bool:
+def plain_head(model: Any) -> bool:
     """Whether the logits are exactly `head(hidden)` for a plain linear head."""
     config = model.config
     touched = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_soft_cap")

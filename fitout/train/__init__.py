@@ -39,7 +39,7 @@ class TrainSettings(BaseModel):
     evaluate_every: int | None = Field(None, ge=1, description="steps between validations; default once an epoch")
     keep: Literal["best", "last"] = Field("best", description="which weights the run ends with (best: by validation)")
     patience: int | None = Field(None, ge=1, description="stop after so many validations without improvement")
-    listeners: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=lambda: ["tensorboard"])
+    listeners: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     parallel: Literal["auto", "ddp"] = Field("auto", description="how ranks started by torchrun work together")
 
     @model_validator(mode="after")

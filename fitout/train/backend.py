@@ -7,7 +7,7 @@ Each rank computes its own micro-batches; gradients are summed once a step, afte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -19,14 +19,14 @@ BUCKET = 25_000_000  # numbers a reduction; as DDP's default bucket of 25 MB in 
 
 
 class Backend:
-    """One process among `ranks`, on its device, computing in `precision` (fp32, bf16 or fp16)."""
+    """One process among `ranks`, on its device; fp32 until `compute_in` says otherwise."""
 
-    def __init__(self, device: torch.device, precision: str = "fp32", *, autocast: bool = False):
+    def __init__(self, device: torch.device):
         self.device = device
         self.rank = int(os.environ.get("RANK", 0))
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
-        self._dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision] if autocast else None
-        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+        self._dtype: torch.dtype | None = None
+        self._scaler: torch.amp.GradScaler | None = None
         if self.ranks > 1 and not dist.is_initialized():
             kind = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(kind, timeout=timedelta(hours=2))  # one rank prepares data while the others wait
@@ -34,6 +34,21 @@ class Backend:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def compute_in(self, precision: str, *, autocast: bool) -> None:
+        """fp32, bf16 or fp16; with `autocast` where the trained weights themselves stay in fp32."""
+        if autocast and precision != "fp32":
+            self._dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        if precision == "fp16":
+            self._scaler = torch.amp.GradScaler(self.device.type)
+
+    def agree(self, choice: str, choices: Sequence[str]) -> str:
+        """The main rank's choice, on every rank (each may have measured something else)."""
+        if self.ranks == 1:
+            return choice
+        index = torch.tensor(choices.index(choice), device=self.device)
+        dist.broadcast(index, 0)
+        return choices[int(index)]
 
     def compute(self) -> AbstractContextManager:
         """The context of a forward: autocast where trained weights are kept in fp32 and computed in less."""

@@ -81,7 +81,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that verifies, and what was wrong with those newer than it."""
-        passed_over = []
+        passed_over: list[str] = []
         for path in sorted(self.folder.glob("step-*"), key=_step, reverse=True):
             problem = verify(path)
             if problem is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +112,6 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
     return {f"train/{name}": row[name] for name in names}
 
 
-def make_listeners(names: list[str], run: RunDir) -> list[Listener]:
+def make_listeners(names: Sequence[str], run: RunDir) -> list[Listener]:
     made: dict[str, Listener] = {"tensorboard": TensorBoard(run.tensorboard), "wandb": WandB(), "mlflow": MLflow()}
     return [JsonLog(run.log), *(made[name] for name in names)]

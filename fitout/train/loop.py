@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..data.batches import Batches, layouts_of
 from ..data.store import Part
@@ -49,7 +48,7 @@ class Progress:
 class Job:
     """What to train, on what. Made by verbs; `identity` is what a checkpoint must agree with to go on from it."""
 
-    model: nn.Module
+    model: Any
     objective: Objective
     batches: Batches
     validation: Part | None

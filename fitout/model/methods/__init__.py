@@ -1,6 +1,7 @@
 """The fine-tuning methods. A method says what is trained, how it is saved and how it goes back into the base.
 
-Adding one: a file beside this one with a class that has the members of `base.Method`, its settings here, its name in METHODS.
+Adding one: a file beside this one with a class that has the members of `base.Method`, and its settings here, in
+METHODS and in MethodSettings.
 """
 
 from __future__ import annotations

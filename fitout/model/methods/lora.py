@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class Lora:
     def __init__(self, settings: LoraSettings):
         self.settings = settings
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: Any) -> None:
         grown = getattr(model, "fitout_grown_vocabulary", False)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -67,7 +68,7 @@ class Lora:
             for module in _embeddings(model).values():
                 module.weight.requires_grad_(True)
 
-    def _targets(self, model: nn.Module) -> list[str]:
+    def _targets(self, model: Any) -> list[str]:
         head = model.get_output_embeddings()
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
         if self.settings.targets == "all-linear":
@@ -84,7 +85,7 @@ class Lora:
             )
         return chosen
 
-    def save(self, model: nn.Module, folder: Path, *, base: str) -> None:
+    def save(self, model: Any, folder: Path, *, base: str) -> None:
         from ..load import write_tensors
 
         names = sorted(adapters(model))
@@ -112,7 +113,7 @@ class Lora:
         write_tensors(folder / "adapter_model.safetensors", self._tensors(model, with_embeddings=grown))
         write_json(folder / "adapter_config.json", config)
 
-    def _tensors(self, model: nn.Module, *, with_embeddings: bool) -> dict[str, Tensor]:
+    def _tensors(self, model: Any, *, with_embeddings: bool) -> dict[str, Tensor]:
         tensors = {}
         for name, layer in adapters(model).items():
             tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
@@ -122,11 +123,11 @@ class Lora:
                 tensors[f"{PREFIX}{name}.weight"] = module.weight.detach()
         return tensors
 
-    def load(self, model: nn.Module, folder: Path) -> None:
+    def load(self, model: Any, folder: Path) -> None:
         from safetensors.torch import load_file
 
         saved = load_file(folder / "adapter_model.safetensors")
-        wanted = {}
+        wanted: dict[str, nn.Parameter] = {}
         for name, layer in adapters(model).items():
             wanted[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
             wanted[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
@@ -144,7 +145,7 @@ class Lora:
                 )
         copy_into(wanted, saved)
 
-    def merge(self, model: nn.Module) -> None:
+    def merge(self, model: Any) -> None:
         """W <- W + s B A for every adapted layer, summed in fp32 and rounded once to the weight's own dtype."""
         with torch.no_grad():
             for name, layer in adapters(model).items():
@@ -154,12 +155,12 @@ class Lora:
                 setattr(model.get_submodule(parent), leaf, layer.base)
 
 
-def adapters(model: nn.Module) -> dict[str, LoraLinear]:
+def adapters(model: Any) -> dict[str, LoraLinear]:
     """The adapted layers by their name in the base model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+def _embeddings(model: Any) -> dict[str, Any]:
     """Input embedding, and the head where it is not tied to it, by name."""
     found, seen = {}, set()
     for name, module in model.named_modules():
