@@ -43,6 +43,14 @@ class RunDir:
         return self.data / "quarantine.jsonl"
 
     @property
+    def removed(self) -> Path:
+        return self.data / "removed.jsonl"
+
+    @property
+    def test_rows(self) -> Path:
+        return self.data / "test.jsonl"
+
+    @property
     def data_report(self) -> Path:
         return self.data / "report.json"
 

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,6 @@ class Screen:
     listeners: Callable[[], Sequence[Listener]] = lambda: ()
     data_progress: Callable[[str, int], None] = lambda stage, done: None
     evaluation_progress: Callable[[str, int, int], None] = lambda what, done, total: None
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def run_directory(recipe: Recipe, out: str | Path | None) -> RunDir:
@@ -76,7 +75,7 @@ def train(
 ) -> RunDir:
     """One training run. A run directory that is there is refused without `resume`."""
     directory = run_directory(recipe, out)
-    if directory.exists() and not resume:
+    if directory.exists() and not resume and _main_process():  # the other ranks may come when it is made
         raise RunExistsError(
             "this run exists already",
             where=str(directory.path),
@@ -538,7 +537,6 @@ def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool 
         data_counts=_data_counts(read_json(directory.data_report)),
     )
     directory.update_status(reached="evaluated", evaluated_steps=directory.read_status().get("trained_steps"))
-    screen.facts["evaluation"] = result
     return result
 
 

@@ -27,7 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 
 @app.command()
 def demo(out: Out = None, json: Json = False) -> None:
-    """The whole chain on the embedded model and data: offline, on a CPU, in about two minutes."""
+    """The whole chain on the embedded model and data: offline, on a CPU, in under two minutes."""
     from .. import verbs
     from ..config import load
     from ..demo import RECIPE

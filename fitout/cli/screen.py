@@ -68,11 +68,11 @@ class Terminal:
         if self.machine:
             print(json.dumps({"run": str(directory.path), **status, **_scores(directory)}, ensure_ascii=False))
             return
-        result = self.verbs.facts.get("evaluation")
-        if result is not None:
+        if directory.evaluation_report.exists():
             from ..evaluate.report import summary_table
+            from ..evaluate.suite import from_report
 
-            self.console.print(summary_table(result))
+            self.console.print(summary_table(from_report(read_json(directory.evaluation_report))))
         table = Table(show_header=False, box=None, pad_edge=False)
         for what, path in (
             ("report", directory.evaluation_page),
@@ -134,9 +134,9 @@ class TrainingBar:
             best = " (best)" if row["best"] else ""
             self.screen.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}{best}")
         elif event == "resumed":
-            self.screen.say(f"going on from step {row['step']}")
             for problem in row["passed_over"]:
-                self.screen.say(f"  passed over a damaged checkpoint: {problem}")
+                self.screen.say(f"passed over a damaged checkpoint: {problem}")
+            self.screen.say(f"going on from step {row['step']}" if row["step"] else "starting from the beginning")
         elif event == "oom":
             what = row.get("micro_batch_tokens")
             self.screen.say(

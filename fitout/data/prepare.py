@@ -116,9 +116,9 @@ def prepare(
     for name in PARTS:
         write_part(run.data / f"{name}.arrow", _rows(rendered[name]))
     talks = (sample for sample, _ in rendered["test"] if isinstance(sample, Conversation))
-    write_jsonl(run.data / "test.jsonl", map(as_row, talks))
+    write_jsonl(run.test_rows, map(as_row, talks))
     write_jsonl(run.quarantine, work.quarantine)
-    write_jsonl(run.data / "removed.jsonl", work.removed)
+    write_jsonl(run.removed, work.removed)
     write_json(run.data_report, report)
     write_page(run.data_page, report, work.quarantine)
     write_fingerprint(run.data, made_of)  # last: without it the folder counts as unfinished
@@ -433,5 +433,4 @@ def from_row(row: dict[str, Any]) -> Conversation:
 
 def test_conversations(run: RunDir) -> list[Conversation]:
     """The test part of a prepared run, as it was said."""
-    path = run.data / "test.jsonl"
-    return [from_row(row) for row in read_jsonl(path)] if path.exists() else []
+    return [from_row(row) for row in read_jsonl(run.test_rows)] if run.test_rows.exists() else []

@@ -338,7 +338,7 @@ def json_lines(file: TextFile) -> Rows:
                 if end < len(line):
                     fault = f"not one JSON value: more text from column {after_blank(line, end) + 1}"
             except json.JSONDecodeError as error:
-                value, fault = None, f"not JSON: {error.msg} at column {error.colno}"
+                value, fault = None, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
             yield as_row(value, fault, file.at(number), line)
 
 

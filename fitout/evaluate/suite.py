@@ -24,7 +24,7 @@ from ..errors import RequestError
 from . import EvaluateSettings
 from . import retention as retain
 from .retention import Piece, Probe, Retention, RetentionResult
-from .scores import Comparison, Measure, Tokenizer, bleu_tokenizer, compare, f1_tokens, measures, normalise, row_scores
+from .scores import Comparison, Measure, Score, Tokenizer, bleu_tokenizer, compare, f1_tokens, measures, normalise, row_scores
 
 
 class Completion(Protocol):
@@ -141,6 +141,32 @@ class EvaluationResult:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, verdicts included, rows left out (they are predictions.jsonl)."""
         return {key: plain(getattr(self, key)) for key in self.__dataclass_fields__ if key != "rows"}
+
+
+def from_report(report: Mapping[str, Any]) -> EvaluationResult:
+    """The result that report.json holds; the rows stay in predictions.jsonl."""
+
+    def comparison(saved: Mapping[str, Any] | None) -> Comparison | None:
+        if saved is None:
+            return None
+        fields = {key: value for key, value in saved.items() if key != "verdict"}
+        return Comparison(**{key: Score(**v) if isinstance(v, dict) else v for key, v in fields.items()})
+
+    def comparisons(saved: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+        return [one for one in map(comparison, saved) if one]
+
+    kept = report["retention"]
+    if kept:
+        groups = {name: one for name, saved in kept["groups"].items() if (one := comparison(saved))}
+        overall, perplexity = comparison(kept["overall"]), comparison(kept["perplexity"])
+        kept = RetentionResult(**{**kept, "overall": overall, "groups": groups, "perplexity": perplexity})
+    return EvaluationResult(
+        scores=comparisons(report["scores"]),
+        groups={key: {name: comparisons(s) for name, s in group.items()} for key, group in report["groups"].items()},
+        retention=kept,
+        rows=[],
+        **{key: report[key] for key in ("counts", "notes", "settings", "reading")},
+    )
 
 
 def plain(value: Any) -> Any:

@@ -75,7 +75,9 @@ def linear_cross_entropy(
     hidden (N, D), weight (V, D), bias (V) or None, targets (N) int64, weights (N) float32.
     Returns the sum (scalar, differentiable once) and the unweighted losses (N), detached.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, weights)
+    hidden = hidden.to(_compute_dtype(hidden))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, weights)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -111,4 +113,14 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     x (..., in), weight (out, in), bias (out) or None, a (rank, in), b (out, rank); returns (..., out) in x's dtype.
     `a` and `b` may be fp32 masters under a bf16 x: they are cast for the product and get gradients in their own dtype.
     """
-    return _LoraLinear.apply(x, weight, bias, a, b, scale)
+    dtype = _compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _LoraLinear.apply(x, weight, bias, a, b, scale)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast would compute a product of `x` in; x's own dtype without autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

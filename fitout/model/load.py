@@ -163,7 +163,7 @@ def hidden_width(base: str) -> int:
 
 @torch.no_grad()
 def grow_vocabulary(model: Any, size: int) -> None:
-    """Gives the model an embedding for every id of a tokenizer with `size` entries; new ones are the mean of the old."""
+    """Gives the model an embedding for each id of a tokenizer of `size`; new ones are their mean."""
     old = model.get_input_embeddings().weight.shape[0]
     if size <= old:
         return

@@ -24,7 +24,7 @@ class TrainSettings(BaseModel):
     batch_size: int = Field(16, ge=1, description="examples a step, over all ranks")
     batch_tokens: int | None = Field(None, ge=1, description="examples in order up to so many tokens a step, instead")
     micro_batch_tokens: int | Literal["auto"] = Field(
-        "auto", description="tokens a forward; auto: 4096 on CPU, 16384 on a GPU, halved when memory runs out"
+        "auto", description="tokens a forward; auto: 2048 on CPU, 16384 on a GPU, halved when memory runs out"
     )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)

@@ -101,6 +101,10 @@ class Backend:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on some rank: a decision that all must take together."""
+        return self.sum(float(flag))[0] > 0
+
     def same_everywhere(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gives every rank the main one's initial values."""
         if self.ranks > 1:

@@ -90,12 +90,18 @@ class Checkpoints:
         return None, passed_over
 
     def prune(self, keep_last: int, best_step: int | None) -> None:
-        """Removes all but the newest `keep_last` and the best; only after the newest verifies."""
+        """Removes all but the newest `keep_last` and the best ones; only after the newest verifies.
+
+        Each kept checkpoint may become the newest again when a later one is damaged, so the best one that it knew of is
+        kept with it.
+        """
         paths = sorted(self.folder.glob("step-*"), key=_step, reverse=True)
         if not paths or verify(paths[0]) is not None:
             return
+        kept = {_step(path) for path in paths[:keep_last]}
+        kept |= {read_json(self.path(step) / STATE)["progress"]["best_step"] for step in kept} | {best_step}
         for path in paths[keep_last:]:
-            if _step(path) != best_step:
+            if _step(path) not in kept:
                 shutil.rmtree(path)
 
 

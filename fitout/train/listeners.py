@@ -32,7 +32,8 @@ class JsonLog:
 
     def start(self, info: dict[str, Any]) -> None:
         if self.path.exists():
-            write_jsonl(self.path, [r for r in read_jsonl(self.path) if r.get("step", 0) <= info["from_step"]])
+            before = [row for row in read_jsonl(self.path) if row["step"] <= info["from_step"]]
+            write_jsonl(self.path, before if info["from_step"] else [])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 

@@ -68,14 +68,16 @@ def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bo
         with StopRequest() as stop:
             while run.at.step < job.total_steps and not run.at.stopped_early:
                 run.step()
+                stopping = backend.any(stop.name is not None)
                 if run.evaluation_due():
                     run.evaluate()
-                if run.save_due() or stop.name:
+                if run.save_due() or stopping:
                     run.save()
-                if stop.name:
+                if stopping:
                     raise Stopped(
-                        f"stopped by {stop.name} after step {run.at.step} of {job.total_steps}; a checkpoint is saved",
-                        hint=f"Go on with: fitout train {job.run.recipe} --out {job.run.path} --resume",
+                        f"stopped by {stop.name or 'another rank'} after step {run.at.step} of {job.total_steps}; "
+                        "a checkpoint is saved",
+                        hint="Go on with the same command (for `fitout train` add --resume).",
                     )
         run.finish()
     finally:
@@ -106,7 +108,7 @@ class _Run:
             self.backend.same_everywhere(self.parameters.values())
         for listener in self.listeners:
             listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
-        if checkpoint:
+        if checkpoint or passed_over:
             self._tell("resumed", passed_over=passed_over)
         if self.job.settings.gradient_checkpointing is True:
             self._recompute_activations()
@@ -272,8 +274,9 @@ class _Run:
     def finish(self) -> None:
         """The last checkpoint, then the weights the run ends with."""
         self.save()
-        if self.job.settings.keep == "best" and self.at.best_step not in (None, self.at.step):
-            copy_into(self.parameters, self.checkpoints.at(self.at.best_step).weights())
+        best = self.at.best_step
+        if self.job.settings.keep == "best" and best is not None and best != self.at.step:
+            copy_into(self.parameters, self.checkpoints.at(best).weights())
         self._tell("finished", best_step=self.at.best_step, stopped_early=self.at.stopped_early)
 
     # telling
@@ -289,7 +292,7 @@ class _Run:
 def _first_budget(settings: TrainSettings, backend: Backend) -> int:
     if settings.micro_batch_tokens != "auto":
         return settings.micro_batch_tokens
-    return 16384 if backend.device.type == "cuda" else 4096
+    return 16384 if backend.device.type == "cuda" else 2048
 
 
 def _key(seed: int, step: int, rank: int) -> int:

@@ -215,3 +215,23 @@ def test_the_summary_fits_a_terminal(written):
     text = out.getvalue()
     assert "…" not in text and "Exact match" in text and "kept: [bold]facts" in text and "+100.0" in text
     assert json.dumps(result.as_dict())
+
+
+def test_a_saved_report_draws_the_same_table(tmp_path):
+    """`fitout run` a second time shows what report.json holds."""
+    import io
+    import json
+
+    from rich.console import Console
+
+    from fitout.evaluate.suite import from_report
+
+    result = small_result()
+    saved = from_report(json.loads(json.dumps(result.as_dict())))
+    drawn = []
+    for one in (result, saved):
+        out = io.StringIO()
+        Console(file=out, width=100).print(summary_table(one))
+        drawn.append(out.getvalue())
+    assert drawn[0] == drawn[1]
+    assert "kept" in drawn[0]

@@ -1,0 +1,164 @@
+"""Fitout and TRL's SFTTrainer in turn on the same work.
+
+    python -m benchmarks.against_trl --out benchmarks/results/NAME.json
+
+Every run is a process of its own, so that memory peaks and start-up are real. This process imports no library: what
+it holds would count in its children's peaks. The protocol is in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+WARMUP = 3
+FIRST = {"fp32": 1e-4, "bf16": 5e-3}  # largest difference of the losses of step 1
+CURVE = {"fp32": 1e-3, "bf16": 2e-2}  # and of all steps
+CANDIDATES = (  # our best effort for TRL: without recomputation, and these ways to cut a step into device batches
+    "per=2,recompute=0,sort=1", "per=4,recompute=0,sort=1", "per=8,recompute=0,sort=1", "per=16,recompute=0",
+    "per=4,recompute=0,sort=1,free=1",
+)  # fmt: skip
+BF16_BASE = "base=bf16"  # under autocast: spares the cast of every frozen weight in every forward
+
+
+def main() -> None:
+    asked = _arguments()
+    with tempfile.TemporaryDirectory(prefix="fitout-benchmark-") as name:
+        folder = Path(name)
+        _child("work", folder, asked.shape, asked.precision, asked.steps)
+        work = json.loads((folder / "work.json").read_text())
+        tuning, best = {}, asked.best
+        if asked.tune:
+            tuning, best = _tune(folder, work, asked)
+        sides = {"fitout": None, "trl default": "", "trl best": best}
+        rounds = [_round(folder, work, sides, asked.warmup, number) for number in range(asked.rounds)]
+    result = {
+        "shape": asked.shape, "precision": asked.precision, "steps": asked.steps, "warmup": asked.warmup,
+        "quick": asked.quick, "work": work, "trl_best": best, "tuning": tuning, "machine": _machine(), "rounds": rounds,
+        "parity": {side: _parity(rounds, side, work) for side in sides if side != "fitout"},
+    }  # fmt: skip
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["parity"], indent=1))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=("30m", "135m"), default="30m")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="steps left out of the speed")
+    parser.add_argument("--best", default="per=4,recompute=0,sort=1", help="TRL's best setting, where it is known")
+    parser.add_argument("--tune", action="store_true", help="find TRL's best setting first, by trying the candidates")
+    parser.add_argument("--quick", action="store_true", help="3 steps, 1 round: does it run and agree")
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    if asked.quick:
+        asked.steps, asked.rounds, asked.warmup = 3, 1, 1
+    if asked.steps <= asked.warmup:
+        parser.error("--steps must be larger than --warmup")
+    if asked.precision == "bf16" and "base=" not in asked.best:
+        asked.best += "," + BF16_BASE
+    return asked
+
+
+def _round(
+    folder: Path, work: dict[str, Any], sides: dict[str, str | None], warmup: int, number: int
+) -> dict[str, Any]:
+    """Each side once; the order is turned around every other round."""
+    order = list(sides) if number % 2 == 0 else list(sides)[::-1]
+    return {side: _measure(folder, work, side, sides[side], warmup) for side in order}
+
+
+def _measure(folder: Path, work: dict[str, Any], side: str, options: str | None, warmup: int) -> dict[str, Any]:
+    """One run in a fresh process. A step lasts from the end of the one before it; speeds are medians after warm-up."""
+    out = folder / "result.json"
+    began = time.time()
+    if options is None:
+        _child("side_fitout", folder, out)
+    else:
+        _child("side_trl", folder, out, options)
+    raw = json.loads(out.read_text())
+    seconds = [b - a for a, b in zip(raw["ends"], raw["ends"][1:], strict=False)]
+    steps = list(zip(work["steps"][1:], seconds, strict=False))[max(0, warmup - 1) :]
+    result = {
+        "supervised_tokens_per_second": round(median(s["supervised"] / t for s, t in steps), 1),
+        "tokens_per_second": round(median(s["tokens"] / t for s, t in steps), 1),
+        "peak_memory_mb": round(max(raw["peaks"])),
+        "start_to_first_step_s": round(raw["ends"][0] - began, 2),
+        "step_seconds": [round(t, 3) for t in seconds],
+        "losses": raw["losses"],
+        "computed_tokens": raw["computed"],
+        "same_rows": raw["hashes"] == [s["hash"] for s in work["steps"]],
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+    print(
+        f"{side:12} {result['supervised_tokens_per_second']:9,.1f} supervised tokens/s",
+        f"{result['peak_memory_mb']:6,} MB",
+        f"first step {result['start_to_first_step_s']:5.1f} s",
+        "" if result["same_rows"] else "OTHER ROWS",
+        flush=True,
+    )
+    return result
+
+
+def _tune(folder: Path, work: dict[str, Any], asked: argparse.Namespace) -> tuple[dict[str, float], str]:
+    """Each candidate once; the fastest that sees the same rows."""
+    speeds = {}
+    for options in CANDIDATES:
+        options += f",{BF16_BASE}" if asked.precision == "bf16" else ""
+        run = _measure(folder, work, options, options, asked.warmup)
+        if run["same_rows"]:
+            speeds[options] = run["supervised_tokens_per_second"]
+    return speeds, max(speeds, key=lambda options: speeds[options])
+
+
+def _parity(rounds: list[dict[str, Any]], side: str, work: dict[str, Any]) -> dict[str, Any]:
+    """Whether the two sides trained the same thing: rows, loss of step 1, and the whole curve."""
+    ours, theirs = [r["fitout"] for r in rounds], [r[side] for r in rounds]
+    curves = [(x["losses"], y["losses"]) for x, y in zip(ours, theirs, strict=True)]
+    gaps = [abs(a - b) for x, y in curves for a, b in zip(x, y, strict=True)]
+    first = max(abs(x[0] - y[0]) for x, y in curves)
+    rows = all(run["same_rows"] for run in [*ours, *theirs])
+    precision = work["precision"]
+    equal = rows and first <= FIRST[precision] and max(gaps) <= CURVE[precision]
+    return {"same_rows": rows, "step_1_gap": first, "largest_gap": max(gaps), "same_training": equal}
+
+
+def _child(module: str, *arguments: object) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}")
+
+
+def _machine() -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    packages = ("torch", "transformers", "peft", "trl", "accelerate")
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Fitout's side, one process: `python -m benchmarks.side_fitout FOLDER OUT`. Runs `fitout.verbs.train`."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Stopwatch:
+    """A listener that notes when each step ended, its loss, and the memory peak so far."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+        self.peaks: list[float] = []
+
+    def start(self, info: dict[str, Any]) -> None: ...
+
+    def row(self, row: dict[str, Any]) -> None:
+        if "event" not in row:
+            self.ends.append(time.time())
+            self.losses.append(row["loss"])
+            self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    def close(self) -> None: ...
+
+
+def main(folder: Path, out: Path) -> None:
+    from fitout import config, verbs
+
+    watch = Stopwatch()
+    run = out.with_suffix(".run")
+    shutil.copytree(folder / "prepared", run)
+    layouts = _record_layouts()
+    recipe = config.load(folder / "recipe.yaml")
+    verbs.train(recipe, out=run, resume=True, screen=verbs.Screen(listeners=lambda: [watch]))
+    shutil.rmtree(run)
+    audit = [_hash(step) for step in layouts]
+    computed = [sum(layout.tokens for layout in step) for step in layouts]
+    out.write_text(
+        json.dumps({"ends": watch.ends, "losses": watch.losses, "peaks": watch.peaks, "hashes": audit,
+                    "computed": computed})
+    )  # fmt: skip
+
+
+def _record_layouts() -> list[list[Any]]:
+    """Keeps the very layouts that the loop trains on, to hash them afterwards."""
+    from fitout.data import batches
+
+    seen: list[list[Any]] = []
+    original = batches.Batches.layouts
+
+    def layouts(self: Any, step: int, **kwargs: Any) -> list[Any]:
+        seen.append(original(self, step, **kwargs))
+        return seen[-1]
+
+    batches.Batches.layouts = layouts  # type: ignore[method-assign]
+    return seen
+
+
+def _hash(layouts: list[Any]) -> str:
+    from .work import hash_step
+
+    rows = []
+    for layout in layouts:
+        trained = set((layout.target_at + 1).tolist())
+        for segment in layout.segments:
+            assert segment.parent < 0, "the audit reads whole samples; these were packed as a tree"
+            at = range(segment.start, segment.end)
+            rows.append((tuple(layout.ids[segment.start : segment.end].tolist()), tuple(i in trained for i in at)))
+    return hash_step(rows)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,146 @@
+"""TRL's side, one process: `python -m benchmarks.side_trl FOLDER OUT OPTIONS`, with OPTIONS as `key=value,...`:
+
+per=8     examples a device batch; gradient accumulation makes a step of 16 of them
+recompute=1   activation checkpointing (TRL's default)
+sort=0    examples of a step sorted by length (the step's set stays the same), so that less is padding
+free=0    padding_free: a device batch flattened into one row
+base=fp32     dtype of the frozen weights; bf16 runs compute under autocast either way
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .work import ALPHA, BATCH, LR, MAX_LENGTH, RANK, SEED, hash_step
+
+DEFAULT = {"per": "8", "recompute": "1", "sort": "0", "free": "0", "base": "fp32"}
+
+
+def main(folder: Path, out: Path, text: str) -> None:
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    options = {**DEFAULT, **dict(pair.split("=") for pair in text.split(",") if pair)}
+    trainer, watch, batches = _trainer(folder, options)
+    trainer.train()
+    steps = BATCH // int(options["per"])
+    groups = [batches[at : at + steps] for at in range(0, len(batches), steps)][: len(watch.ends)]
+    out.write_text(
+        json.dumps({"ends": watch.ends, "losses": watch.losses, "peaks": watch.peaks,
+                    "hashes": [_hash(group) for group in groups],
+                    "computed": [sum(batch["input_ids"].numel() for batch in group) for group in groups]})
+    )  # fmt: skip
+
+
+def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict[str, Any]]]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Stopwatch(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+            self.losses: list[float] = []
+            self.peaks: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.time())
+            self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(logs["loss"])
+
+    work = json.loads((folder / "work.json").read_text())
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    if options["sort"] == "1":
+        steps = [sorted(step, key=lambda row: len(row["ids"])) for step in steps]
+    rows = [row for step in steps for row in step]
+    data = Dataset.from_dict({"input_ids": [r["ids"] for r in rows], "completion_mask": [r["mask"] for r in rows]})
+    per = int(options["per"])
+    arguments = SFTConfig(
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=work["precision"] == "bf16",
+        per_device_train_batch_size=per,
+        gradient_accumulation_steps=BATCH // per,
+        gradient_checkpointing=options["recompute"] == "1",
+        padding_free=options["free"] == "1",
+        max_length=None if options["free"] == "1" else MAX_LENGTH,
+        completion_only_loss=True,
+        max_steps=len(steps),
+        train_sampling_strategy="sequential",
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        seed=SEED,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        model_init_kwargs={"dtype": {"fp32": "float32", "bf16": "bfloat16"}[options["base"]]},
+    )
+    watch = Stopwatch()
+    trainer = SFTTrainer(
+        model=str(folder / "base"),
+        args=arguments,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(folder / "base"),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear"
+        ),
+        callbacks=[watch],
+    )
+    _take_our_adapter(trainer.model, folder / "adapter")
+    return trainer, watch, _record_batches(trainer)
+
+
+def _take_our_adapter(model: Any, folder: Path) -> None:
+    """The same initial LoRA weights on both sides; every trained tensor must be among them."""
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    trained = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == trained.keys(), sorted(saved.keys() ^ trained.keys())[:4]
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+
+def _record_batches(trainer: Any) -> list[dict[str, Any]]:
+    """Keeps the very batches that the trainer's collator makes, to hash them afterwards."""
+    seen: list[dict[str, Any]] = []
+    original = trainer.data_collator
+
+    def collate(examples: Any) -> dict[str, Any]:
+        batch = original(examples)
+        seen.append({k: batch[k] for k in ("input_ids", "labels", "attention_mask", "position_ids") if k in batch})
+        return batch
+
+    trainer.data_collator = collate
+    return seen
+
+
+def _hash(batches: list[dict[str, Any]]) -> str:
+    rows = []
+    for batch in batches:
+        ids, labels = batch["input_ids"], batch["labels"]
+        if "attention_mask" in batch:
+            lengths = batch["attention_mask"].sum(1).tolist()
+            pairs = [(i[:n], la[:n]) for i, la, n in zip(ids, labels, lengths, strict=True)]
+        else:
+            starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+            ends = [*starts[1:], ids.shape[1]]
+            pairs = [(ids[0, a:b], labels[0, a:b]) for a, b in zip(starts, ends, strict=True)]
+        rows += [(tuple(i.tolist()), (False, *(la[1:] != -100).tolist())) for i, la in pairs]
+    return hash_step(rows)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

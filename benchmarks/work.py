@@ -1,0 +1,153 @@
+"""The work that both sides do: a seeded random model, an initial adapter, tokenised rows, their order, their hashes.
+
+    FOLDER/base/         Hugging Face folder, random Llama, with the tokenizer and its chat template
+    FOLDER/adapter/      the initial LoRA weights, PEFT format
+    FOLDER/recipe.yaml   Fitout's recipe
+    FOLDER/prepared/     a run directory holding only the prepared data
+    FOLDER/steps.jsonl   for each step its rows, each {ids, mask}: the peer's data, read back from the prepared store
+    FOLDER/work.json     sizes and hashes
+
+Run as `python -m benchmarks.work FOLDER SHAPE PRECISION STEPS`, a process of its own, so that making the work leaves no
+trace in the memory that is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROWS = SHARED / "llamafactory" / "alpaca_en_demo.json"
+TOKENIZER = SHARED / "tokenizers" / "minimind"
+BATCH, RANK, ALPHA, LR, SEED, MAX_LENGTH = 16, 16, 32, 2e-4, 0, 1024
+SHAPES: dict[str, dict[str, Any]] = {
+    "30m": {
+        "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "vocab_size": 8192,
+    },
+    "135m": {  # SmolLM2-135M
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152,
+    },
+}  # fmt: skip
+
+Row = tuple[tuple[int, ...], tuple[bool, ...]]  # ids, and for each whether it is trained
+
+
+def hash_step(rows: Iterable[Row]) -> str:
+    """A hash of the ids and masks of one step, whatever order and padding they were computed in."""
+    digest = hashlib.sha256()
+    for ids, mask in sorted(rows):
+        digest.update(json.dumps([list(ids), [int(on) for on in mask]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def make(folder: Path, shape: str, precision: str, steps: int) -> None:
+    base = _make_base(folder / "base", shape)
+    _make_adapter(folder / "base", folder / "adapter")
+    recipe = _make_recipe(folder, precision, steps)
+    rows = _prepare(folder, recipe, steps)
+    facts = {
+        "shape": {**SHAPES[shape], "tied": True, "parameters": base},
+        "precision": precision,
+        "weights_sha256": _sha256(folder / "base" / "model.safetensors"),
+        "adapter_sha256": _sha256(folder / "adapter" / "adapter_model.safetensors"),
+        "rows_sha256": _sha256(folder / "steps.jsonl"),
+        "steps": [
+            {
+                "hash": hash_step(step),
+                "rows": len(step),
+                "tokens": sum(len(ids) for ids, _ in step),
+                "supervised": sum(sum(mask) for _, mask in step),
+            }
+            for step in rows
+        ],
+    }
+    (folder / "work.json").write_text(json.dumps(facts))
+
+
+def _make_base(folder: Path, shape: str) -> int:
+    """Random weights in fp32; returns the number of parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    for file in TOKENIZER.glob("*.json"):
+        shutil.copy(file, folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def _make_adapter(base: Path, folder: Path) -> None:
+    import torch
+
+    from fitout.model.load import load_base
+    from fitout.model.methods import LoraSettings, create
+
+    model = load_base(str(base))
+    method = create(LoraSettings(rank=RANK, alpha=ALPHA, dropout=0.0, targets="all-linear"))
+    torch.manual_seed(SEED)
+    method.apply(model)
+    folder.mkdir()
+    method.save(model, folder, base=str(base))
+
+
+def _make_recipe(folder: Path, precision: str, steps: int) -> Path:
+    """Data preparation is done once, before the clock; the prepared data are found by their fingerprint."""
+    import yaml
+
+    recipe = {
+        "name": "benchmark",
+        "model": {"base": str(folder / "base"), "adapter": str(folder / "adapter")},
+        "data": {
+            "sources": [{"path": str(ROWS), "format": "alpaca"}],
+            "split": {"train": 1.0, "validation": 0.0, "test": 0.0},
+            "max_length": MAX_LENGTH,
+        },
+        "method": {"kind": "lora", "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": "all-linear"},
+        "train": {
+            "max_steps": steps, "lr": LR, "schedule": "constant", "warmup": 0, "batch_size": BATCH, "clip": 1.0,
+            "precision": precision, "seed": SEED, "save_every": 1_000_000, "listeners": [],
+        },
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def _prepare(folder: Path, recipe: Path, steps: int) -> list[list[Row]]:
+    """Fitout's own preparation, then the rows of each step read back from its store for the peer."""
+    from fitout import config, verbs
+    from fitout.data.batches import Batches
+    from fitout.data.store import Part
+
+    run = verbs.prepare(config.load(recipe), out=folder / "prepared")
+    part = Part(run.data / "train.arrow")
+    batches = Batches(part, batch_size=BATCH, seed=SEED)
+    rows = []
+    with open(folder / "steps.jsonl", "w", encoding="utf-8") as file:
+        for step in range(steps):
+            numbers = batches.rows(step)
+            masks = [[False, *(bool(on) for on in part.train_on(row)[1:])] for row in numbers]  # nothing before a first
+            ids = [tuple(part.ids(row).tolist()) for row in numbers]
+            rows.append(list(zip(ids, map(tuple, masks), strict=True)))
+            file.write(json.dumps([{"ids": list(i), "mask": [int(on) for on in m]} for i, m in rows[-1]]) + "\n")
+    return rows
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

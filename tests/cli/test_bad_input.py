@@ -1,0 +1,186 @@
+"""Bad input through the real command line: a clear message, the design's exit code, nothing lost or half-written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from fitout.model.load import SHELL
+from fitout.rundir import RunDir
+from tests.cli.command import Done, fitout, half_written, recipe, rows
+
+
+def told(done: Done, folder: Path, *parts: str, code: int = 2, lines: int = 2) -> str:
+    """Checks that a command ended as a user's mistake should; returns its message."""
+    assert done.code == code, done.err
+    assert "Traceback" not in done.out + done.err
+    message = done.err.strip()
+    assert message.startswith("error ")
+    for part in parts:
+        assert part in message, message
+    assert len(message.splitlines()) >= lines, message  # beside the cause, the harm or the remedy
+    assert half_written(folder) == []
+    return message
+
+
+def test_a_missing_recipe(tmp_path):
+    recipe(tmp_path)
+    message = told(fitout("run", "recipes.yaml", cwd=tmp_path), tmp_path, "no such recipe", "Did you mean recipe.yaml")
+    assert "recipes.yaml" in message
+
+
+def test_a_missing_data_file(tmp_path):
+    rows(tmp_path / "train.jsonl")
+    done = fitout("data", "prepare", recipe(tmp_path, "trian.jsonl"), cwd=tmp_path)
+    told(done, tmp_path, "there is no trian.jsonl", "nothing to train on", "train.jsonl", lines=3)
+
+
+def test_an_empty_data_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    told(fitout("data", "prepare", recipe(tmp_path), cwd=tmp_path), tmp_path, "rows.jsonl", "empty")
+
+
+def test_broken_json_as_a_whole_names_the_line(tmp_path):
+    (tmp_path / "rows.json").write_text('[\n {"instruction": "a", "output": "b"},\n {"instruction": "c", "output"\n]\n')
+    done = fitout("data", "prepare", recipe(tmp_path, "rows.json"), cwd=tmp_path)
+    assert "Traceback" not in done.err and done.code == 2
+    quarantine = tmp_path / "runs" / "tiny" / "data" / "quarantine.jsonl"
+    seen = done.err + (quarantine.read_text() if quarantine.exists() else "")
+    assert "rows.json" in seen and ("3" in seen or "4" in seen)
+
+
+def test_a_broken_line_goes_to_quarantine_with_its_number(tmp_path):
+    path = rows(tmp_path / "rows.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[6] = '{"instruction": "broken", '
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = fitout("data", "prepare", recipe(tmp_path), "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    [bad] = RunDir(tmp_path / "runs" / "tiny").quarantine.read_text().splitlines()
+    bad = json.loads(bad)
+    assert bad["line"] == 7 and bad["file"].endswith("rows.jsonl") and "JSON" in bad["reason"]
+    assert "broken" in str(bad["row"])
+
+
+def test_the_wrong_encoding(tmp_path):
+    text = "".join(json.dumps({"instruction": f"第{n}", "output": "对"}, ensure_ascii=False) + "\n" for n in range(9))
+    (tmp_path / "rows.jsonl").write_bytes(text.encode("gb18030"))
+    done = fitout("data", "prepare", recipe(tmp_path), cwd=tmp_path)
+    assert "encoding" in told(done, tmp_path, "rows.jsonl").lower()
+
+
+def test_an_unknown_format_names_the_keys_and_the_formats(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"zebra": 1, "yak": 2}\n' * 5)
+    done = fitout("data", "prepare", recipe(tmp_path), cwd=tmp_path)
+    told(done, tmp_path, "zebra", "yak", "alpaca", "sharegpt", "openai", "prompt_completion", "text")
+
+
+def test_three_mistakes_are_told_at_once(tmp_path):
+    path = recipe(tmp_path)
+    text = path.read_text().replace("max_steps: 2", "max_stepz: 2").replace("rank: 2", "rank: 0")
+    path.write_text(text.replace("kind: lora", "kind: lora, alhpa: 3"))
+    message = told(fitout("train", path, cwd=tmp_path, alone=True), tmp_path, "3 mistakes")
+    assert "train.max_stepz" in message and "did you mean max_steps?" in message
+    assert "method.alhpa" in message and "did you mean alpha?" in message
+    assert "method.rank" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_is_not_yaml(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: x\ndata: {sources: [\n")
+    told(fitout("train", "recipe.yaml", cwd=tmp_path), tmp_path, "not YAML", "recipe.yaml:")
+
+
+@pytest.mark.parametrize("change", ["train.lr", "train.lr.x=3", "data.sources.7.path=x", "nonsense=1"])
+def test_a_wrong_set(tmp_path, change):
+    told(fitout("train", recipe(tmp_path, more="train: {lr: 1.0e-3}"), "--set", change, cwd=tmp_path), tmp_path)
+
+
+def test_a_base_without_weights(tmp_path):
+    rows(tmp_path / "rows.jsonl")
+    base = tmp_path / "base"
+    shutil.copytree(SHELL, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    done = fitout("train", recipe(tmp_path, base=str(base)), cwd=tmp_path)
+    told(done, tmp_path, "no weights", "random numbers", "model.base", lines=3)
+    assert RunDir(tmp_path / "runs" / "tiny").read_status()["status"] == "failed"
+
+
+def test_pickled_weights_are_not_opened(tmp_path):
+    rows(tmp_path / "rows.jsonl")
+    base = tmp_path / "base"
+    shutil.copytree(SHELL, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    (base / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    told(fitout("train", recipe(tmp_path, base=str(base)), cwd=tmp_path), tmp_path, "pickled", "safetensors", lines=3)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_base_that_is_not_there(tmp_path):
+    rows(tmp_path / "rows.jsonl")
+    told(fitout("train", recipe(tmp_path, base="./nowhere"), cwd=tmp_path), tmp_path, "no such model folder")
+
+
+def test_a_template_that_does_not_render(tmp_path):
+    rows(tmp_path / "rows.jsonl")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}")
+    path = recipe(tmp_path, more="chat: {template: mine.jinja}")
+    told(fitout("data", "prepare", path, cwd=tmp_path), tmp_path, "does not render", "mine.jinja", "plain", lines=3)
+
+
+# a disk that is full: the kernel refuses to write past a size, with EFBIG in place of ENOSPC
+
+
+def full_after(size: int):
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_a_full_disk_while_preparing(tmp_path):
+    rows(tmp_path / "rows.jsonl", 200)
+    path = recipe(tmp_path)
+    done = fitout("data", "prepare", path, cwd=tmp_path, before=full_after(4000))
+    told(done, tmp_path, "cannot write", "free some space".capitalize(), code=1, lines=3)
+    run = RunDir(tmp_path / "runs" / "tiny")
+    assert run.read_status()["status"] == "failed" and not (run.data / "fingerprint.json").exists()
+    again = fitout("data", "prepare", path, cwd=tmp_path)  # with space, the same command goes on
+    assert again.code == 0, again.err
+
+
+def test_a_full_disk_while_training(tmp_path):
+    rows(tmp_path / "rows.jsonl")
+    path = recipe(tmp_path)
+    done = fitout("train", path, "--set", "method.targets=all-linear", "--set", "method.rank=16", cwd=tmp_path,
+                  before=full_after(60_000))  # fmt: skip
+    told(done, tmp_path, "cannot write", code=1, lines=3)
+    run = RunDir(tmp_path / "runs" / "tiny")
+    assert run.read_status()["status"] == "failed" and not run.adapter.exists()
+    assert not list(run.checkpoints.glob("step-*"))
+
+
+def test_a_second_process_on_the_same_run(tmp_path):
+    rows(tmp_path / "rows.jsonl")
+    run = RunDir(tmp_path / "runs" / "tiny")
+    with run.owned():
+        before = sorted(p.name for p in run.path.iterdir())
+        done = fitout("data", "prepare", recipe(tmp_path), cwd=tmp_path, alone=True)
+        told(done, tmp_path, "another process", "Two writers", "--out", lines=3)
+        assert sorted(p.name for p in run.path.iterdir()) == before
+
+
+@pytest.mark.parametrize("verb", ["merge", "evaluate"])
+def test_a_folder_that_is_no_run(tmp_path, verb):
+    told(fitout(verb, tmp_path, cwd=tmp_path), tmp_path, "not a run directory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_context_that_is_too_short(tmp_path):
+    rows(tmp_path / "rows.jsonl")
+    done = fitout("train", recipe(tmp_path), "--set", "data.max_length=99999", cwd=tmp_path)
+    told(done, tmp_path, "positions", "Set data.max_length", lines=3)

@@ -1,0 +1,185 @@
+"""The verbs through the real command line: what they write, what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fitout.config import load
+from fitout.rundir import RunDir
+from tests.cli.command import fitout, half_written, recipe, rows
+
+
+def one_object(text: str) -> dict:
+    """What a machine reads: exactly one JSON object on standard output."""
+    value = json.loads(text)
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two steps, done by `fitout run --json`."""
+    folder = tmp_path_factory.mktemp("run")
+    rows(folder / "rows.jsonl", 40)
+    done = fitout("run", recipe(folder), "--json", cwd=folder)
+    assert done.code == 0, done.err
+    return folder, RunDir(folder / "runs" / "tiny"), done
+
+
+def test_run_leaves_what_the_design_names(finished):
+    _, run, _ = finished
+    assert run.read_status()["status"] == "done" and run.read_status()["trained_steps"] == 2
+    for path in (run.recipe, run.data_page, run.data_report, run.quarantine, run.log, run.checkpoints / "LATEST",
+                 run.adapter / "adapter_config.json", run.merged / "config.json", run.merged / "README.md",
+                 run.evaluation_page, run.evaluation_report, run.predictions):  # fmt: skip
+        assert path.exists(), path
+    assert half_written(run.path) == []
+    steps = [row for row in map(json.loads, run.log.read_text().splitlines()) if "loss" in row and "event" not in row]
+    assert [row["step"] for row in steps] == [1, 2]
+
+
+def test_json_is_one_object(finished):
+    _, _, done = finished
+    assert one_object(done.out)
+
+
+def test_run_again_is_complete_already(finished):
+    folder, run, _ = finished
+    weights = (run.adapter / "adapter_model.safetensors").read_bytes()
+    merged = (run.merged / "config.json").stat().st_mtime_ns
+    again = fitout("run", folder / "recipe.yaml", cwd=folder)
+    assert again.code == 0, again.err
+    said = again.out
+    assert "training is complete already" in said and "evaluation is complete already" in said
+    assert "merged model is there already" in said
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == weights
+    assert (run.merged / "config.json").stat().st_mtime_ns == merged
+
+
+def test_train_refuses_an_existing_run(finished):
+    folder, run, _ = finished
+    before = run.status.read_bytes()
+    done = fitout("train", folder / "recipe.yaml", cwd=folder)
+    assert done.code == 2 and "exists already" in done.err and "--resume" in done.err
+    assert run.status.read_bytes() == before
+
+
+def test_another_recipe_is_refused(finished):
+    folder, run, _ = finished
+    done = fitout("run", folder / "recipe.yaml", "--set", "train.lr=0.01", cwd=folder)
+    assert done.code == 2 and "another recipe" in done.err and "train.lr" in done.err
+    assert load(run.recipe).train.lr is None
+
+
+def test_the_card_says_what_was_done(finished):
+    _, run, _ = finished
+    card = (run.merged / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nbase_model: ") and "library_name: transformers" in card
+    status = run.read_status()
+    for fact in (
+        "# tiny",
+        "| steps | 2 |",
+        str(status["data_fingerprint"]),
+        "| seed | 0 |",
+        "'rank': 2",
+        "exact_match",
+    ):
+        assert fact in card, fact
+
+
+def test_the_merged_folder_is_plain_transformers(finished):
+    """Loaded without Fitout: generation stops at the end of turn, and the template is the one that was trained."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from fitout.chat.render import open_chat
+    from fitout.model.load import SHELL
+
+    _, run, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(run.merged)
+    chat = open_chat(SHELL)
+    assert tokenizer.chat_template == chat.tokenizer.chat_template
+    stop = GenerationConfig.from_pretrained(run.merged).eos_token_id
+    assert set([stop] if isinstance(stop, int) else stop) == set(chat.stop_ids)
+    model = AutoModelForCausalLM.from_pretrained(run.merged)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 1?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert json.loads((run.merged / "config.json").read_text())["use_cache"] is True
+
+
+def test_xray_writes_a_page(finished):
+    folder, _, _ = finished
+    page = folder / "tokens.html"
+    done = fitout("data", "xray", folder / "recipe.yaml", "--row", 2, "--html", page, "--out", folder / "x", cwd=folder)
+    assert done.code == 0, done.err
+    assert "supervised:" in done.out and "row 2" in done.out
+    html = page.read_text(encoding="utf-8")
+    assert "<span class=trained" in html and "What is number" in html and "row 1," not in html
+
+
+def test_xray_of_a_row_that_is_not_there(finished):
+    folder, _, _ = finished
+    done = fitout("data", "xray", folder / "recipe.yaml", "--row", 9999, "--out", folder / "x", cwd=folder)
+    assert done.code == 2 and "training part has" in done.err
+
+
+def test_prepare_json(finished):
+    folder, _, _ = finished
+    done = fitout("data", "prepare", folder / "recipe.yaml", "--json", "--out", folder / "p", cwd=folder)
+    assert done.code == 0, done.err
+    report = one_object(done.out)
+    assert "40" in json.dumps(report)
+
+
+def test_init_writes_a_recipe_that_loads(tmp_path):
+    rows(tmp_path / "my rows.jsonl")
+    done = fitout("init", "my rows.jsonl", "--to", "new.yaml", "--method", "full", cwd=tmp_path)
+    assert done.code == 0, done.err
+    made = load(tmp_path / "new.yaml")
+    assert made.name == "my-rows" and made.method.kind == "full" and made.objective.kind == "sft"
+    assert made.data.sources[0].path == str(tmp_path / "my rows.jsonl") and made.train.lr == 2e-5
+    again = fitout("init", "my rows.jsonl", "--to", "new.yaml", cwd=tmp_path)
+    assert again.code == 2 and "exists already" in again.err
+
+
+@pytest.mark.parametrize("name", ["a: b.jsonl", "rows #1.jsonl", "it's.jsonl"])
+def test_init_with_a_name_that_yaml_would_misread(tmp_path, name):
+    rows(tmp_path / name)
+    done = fitout("init", name, "--to", "new.yaml", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert load(tmp_path / "new.yaml").data.sources[0].path == str(tmp_path / name)
+
+
+def test_init_for_plain_text_pretrains(tmp_path):
+    (tmp_path / "book.txt").write_text("Once there was a cat.\n\nThen a dog came.\n")
+    assert fitout("init", "book.txt", cwd=tmp_path).code == 0
+    assert load(tmp_path / "recipe.yaml").objective.kind == "pretrain"
+
+
+def test_check_json_and_its_exit_code(tmp_path):
+    rows(tmp_path / "good.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "broken\n' * 3)
+    good, bad = (fitout("data", "check", name, "--json", cwd=tmp_path) for name in ("good.jsonl", "bad.jsonl"))
+    assert good.code == 0 and one_object(good.out)["errors"] == 0
+    assert bad.code == 1 and one_object(bad.out)["errors"] > 0
+    findings = one_object(bad.out)["files"]["bad.jsonl"]
+    assert any("bad.jsonl:2" in origin for finding in findings for origin in finding["origins"])
+
+
+def test_doctor_json(tmp_path):
+    done = fitout("doctor", "--model", "embedded:shell", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    facts = one_object(done.out)
+    assert facts["packing"] == "documents do not see each other"
+    assert {"python", "torch", "device", "precision", "cores", "memory"} <= facts.keys()
+
+
+def test_no_arguments_shows_the_help(tmp_path):
+    done = fitout("--help", cwd=tmp_path)
+    assert done.code == 0
+    for verb in ("demo", "init", "run", "train", "evaluate", "merge", "chat", "serve", "doctor", "data"):
+        assert verb in done.out
+    assert fitout("trian", cwd=tmp_path).code == 2

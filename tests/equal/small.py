@@ -1,0 +1,140 @@
+"""Small trainings for the equalities: prepared parts out of ids, jobs around a tiny model, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fitout.chat.types import Origin, Tokens
+from fitout.data.batches import Batches
+from fitout.data.store import Part, write_part
+from fitout.files import read_jsonl
+from fitout.model import methods
+from fitout.model.methods import LoraSettings
+from fitout.objectives import SftSettings, create
+from fitout.rundir import RunDir
+from fitout.train import TrainSettings
+from fitout.train.backend import Backend
+from fitout.train.listeners import JsonLog
+from fitout.train.loop import Job, Progress, fit
+from tests.conftest import random_samples, tiny_llama
+
+CPU = torch.device("cpu")
+SHELL_RECIPE = """\
+name: small
+model: {base: "embedded:shell"}
+data:
+  sources: [{path: rows.jsonl}]
+  split: {train: 0.8, validation: 0.1, test: 0.1}
+  max_length: 64
+method: {kind: lora, rank: 4, alpha: 8}
+train: {max_steps: 30, batch_size: 4, lr: 1.0e-3, precision: fp32, save_every: 5, evaluate_every: 10, listeners: []}
+evaluate: {metrics: [exact_match], retention: "off", max_new_tokens: 4}
+"""
+
+
+def part_of(folder: Path, ids, train_on, *, name: str = "train", groups=None) -> Part:
+    """Samples written as prepared data, each a group of its own unless said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.arrow"
+    write_part(
+        path,
+        (
+            (groups[i] if groups else i, Tokens(one.tolist(), [bool(x) for x in on], Origin("rows", i + 1)))
+            for i, (one, on) in enumerate(zip(ids, train_on, strict=True))
+        ),
+    )
+    return Part(path)
+
+
+def random_part(folder: Path, count: int, *, seed: int = 0, name: str = "train", **how) -> Part:
+    return part_of(folder, *random_samples(count, seed=seed, **how), name=name)
+
+
+def adapted(settings: LoraSettings, *, seed: int = 5):
+    """A tiny model with adapters; B is random too, so that gradients reach A from the first step."""
+    model = tiny_llama()
+    torch.manual_seed(seed)
+    method = methods.create(settings)
+    method.apply(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model, method
+
+
+def job_of(folder: Path, model, part: Part, *, total: int, lr: float = 1e-3, validation=None, **settings) -> Job:
+    identity = settings.pop("identity", {"data": "a"})
+    packing = settings.pop("packing", True)
+    chosen = TrainSettings(**{"batch_size": 4, "precision": "fp32", **settings})
+    return Job(
+        model=model,
+        objective=create(SftSettings()),
+        batches=Batches(
+            part,
+            batch_size=chosen.batch_size,
+            batch_tokens=chosen.batch_tokens,
+            seed=chosen.seed,
+            packing=packing,
+            share=packing,
+        ),
+        validation=validation,
+        settings=chosen,
+        lr=lr,
+        total_steps=total,
+        run=RunDir(folder),
+        identity=identity,
+        info={},
+    )
+
+
+def train(job: Job, *listeners, resume: bool = False) -> Progress:
+    return fit(job, Backend(CPU), [JsonLog(job.run.log), *listeners], resume=resume)
+
+
+def losses(log: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every step in a log, in the order they stand there."""
+    return [(row["step"], row["loss"]) for row in read_jsonl(log) if "event" not in row]
+
+
+def events(log: Path, name: str) -> list[dict]:
+    return [row for row in read_jsonl(log) if row.get("event") == name]
+
+
+def trained_tensors(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_shell_recipe(folder: Path, rows: int = 60) -> Path:
+    """A recipe for the embedded model over sums written here, and its data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "rows.jsonl", "w") as file:
+        for i in range(rows):
+            a, b = divmod(i, 8)
+            file.write(json.dumps({"instruction": f"What is {a} plus {b}?", "output": str(a + b)}) + "\n")
+    (folder / "recipe.yaml").write_text(SHELL_RECIPE)
+    return folder / "recipe.yaml"
+
+
+def command(*arguments: object, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "fitout.cli.app", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def call(*arguments: object, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess:
+    """Runs `fitout ARGUMENTS` as a user does, and expects exit code `code`."""
+    done = subprocess.run(
+        command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done

@@ -1,0 +1,45 @@
+"""Two gloo ranks = one process, through the command line that a user types."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fitout import verbs
+from fitout.config import build
+from fitout.files import read_json, read_jsonl
+from fitout.rundir import RunDir
+
+from .small import SHELL_RECIPE, call, losses
+
+
+def test_two_ranks_equal_one_process(tmp_path, whole_run):
+    recipe, one = whole_run
+    two = tmp_path / "two"
+    call("run", recipe, "--out", two, "--set", "export.merge=false", ranks=2)
+    assert read_json(two / "run.json")["ranks"] == 2
+    want, got = losses(one / "log.jsonl"), losses(two / "log.jsonl")
+    assert [step for step, _ in got] == list(range(1, 31))  # one writer: each step stands there once
+    assert [x for _, x in got] == pytest.approx([x for _, x in want], abs=1e-5)
+    rows = [[r for r in read_jsonl(d / "log.jsonl") if "event" not in r] for d in (one, two)]
+    for key in ("supervised_tokens", "lr"):  # not tokens: a shared prefix that two ranks need is computed by both
+        assert [r[key] for r in rows[0]] == [r[key] for r in rows[1]]
+    validation = [[r["validation_loss"] for r in read_jsonl(d / "log.jsonl") if r.get("event") == "evaluated"]
+                  for d in (one, two)]  # fmt: skip
+    assert len(validation[0]) == 4 and validation[0] == pytest.approx(validation[1], abs=1e-5)
+    first, second = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (one, two))
+    assert first.keys() == second.keys() and len(first) == 2 * 7 * 6
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_later_rank_is_not_refused_by_the_first_ones_directory(tmp_path, monkeypatch):
+    """`train` on two ranks: rank 1 comes to look when rank 0 has made the directory."""
+    RunDir(tmp_path / "run").path.mkdir()
+    RunDir(tmp_path / "run").update_status(status="running")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(verbs, "_train", lambda *_, **__: None)
+    verbs.train(build(yaml.safe_load(SHELL_RECIPE)), out=tmp_path / "run")
