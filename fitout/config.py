@@ -95,14 +95,15 @@ def _apply(raw: dict[str, Any], change: str) -> None:
         parsed = float(parsed)  # YAML 1.1 reads 1e-4 as text
     *path, last = key.split(".")
     at: Any = raw
-    for step in path:
-        at = at[int(step)] if isinstance(at, list) and step.isdigit() else at.setdefault(step, {})
-        if not isinstance(at, dict | list):
-            raise RequestError(f"--set {key}: {step} is not a section", hint="See the recipe's keys.")
-    if isinstance(at, list):
-        at[int(last)] = parsed
-    else:
-        at[last] = parsed
+    try:
+        for step in path:
+            at = at[int(step)] if isinstance(at, list) else at.setdefault(step, {})
+        at[int(last) if isinstance(at, list) else last] = parsed
+    except (IndexError, ValueError, AttributeError, TypeError):
+        raise RequestError(
+            f"--set {key}: there is no such place in the recipe",
+            hint="Sections are joined by dots, list elements are counted from 0: --set data.sources.0.limit=10",
+        ) from None
 
 
 def _anchor_paths(recipe: Recipe, folder: Path) -> None:

@@ -49,7 +49,7 @@ class Chat:
         )
 
     @cached_property
-    def _control_ids(self) -> frozenset[int]:
+    def control_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.convert_tokens_to_ids(list(self.control)))
 
     @cached_property
@@ -186,7 +186,7 @@ class Chat:
             while at < len(ids) and offsets[at][0] < end:
                 at += 1
             stop = at  # leave out what the template writes after the end of the turn: no engine generates it
-            while stop > first and ids[stop - 1] not in self._control_ids:
+            while stop > first and ids[stop - 1] not in self.control_ids:
                 stop -= 1
             stop = stop if stop > first else at
             train_on[first:stop] = [True] * (stop - first)
@@ -196,7 +196,7 @@ class Chat:
         """The control token that ends the supervised turn, if the template writes one."""
         tokens = self._tokens(rendered, self._encode([rendered.text])[0], Origin("", 0))
         trained = [i for i, on in zip(tokens.ids, tokens.train_on, strict=True) if on]
-        return trained[-1] if trained and trained[-1] in self._control_ids else None
+        return trained[-1] if trained and trained[-1] in self.control_ids else None
 
     # self-checks
 
@@ -212,7 +212,9 @@ class Chat:
                 harm="The model would be trained on nothing.",
                 hint="Correct the template, or set chat.template: plain.",
             )
-        if self._end_of_turn(rendered) is None:
+        tokens = self._tokens(rendered, encoding, Origin("", 0))
+        trained = self.tokenizer.decode([i for i, on in zip(tokens.ids, tokens.train_on, strict=True) if on])
+        if self._end_of_turn(rendered) is None or SAMPLE[1].content not in trained:
             raise TemplateError(
                 f"the chat template ({self.template_name}) ends the assistant's turn without an end-of-turn token",
                 harm="The model would never learn to stop.",

@@ -112,9 +112,19 @@ def _baked(values: dict[str, Any]) -> str:
     for name, value in values.items():
         if not name.isidentifier():
             raise TemplateError(f"{name!r} is not a name a template can use", where="chat.template_kwargs")
-        literal = {"true": "true", "false": "false", "null": "none"}.get(json.dumps(value), json.dumps(value))
-        lines.append(f"{{%- set {name} = {literal} -%}}")
+        lines.append(f"{{%- set {name} = {_literal(value)} -%}}")
     return "".join(lines)
+
+
+def _literal(value: Any) -> str:
+    """A plain value as Jinja writes it: as JSON does, but for `none`."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value)
 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:

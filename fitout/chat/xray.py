@@ -45,6 +45,8 @@ def pieces(chat: Chat, ids: Sequence[int], train_on: Sequence[int], cut: Sequenc
         if at < len(everything) and kinds[at] == kinds[start]:
             continue
         whole = tokenizer.decode(everything[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if at < len(everything):
+            whole = whole.rstrip("\ufffd")  # the rest of a character comes with the next run
         runs.append(Piece(kinds[start], whole[len(shown) :], tuple(everything[start:at])))
         shown, start = whole, at
     return tuple(runs)

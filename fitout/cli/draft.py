@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ..errors import RequestError
@@ -41,11 +42,11 @@ def _text(name: str, data: Path, form: str, model: str, method: str, objective: 
 name: {name}                      # the run goes into runs/{name}
 
 model:
-  base: {model}                   # a folder, a hub id (owner/name), or embedded:shell
+  base: {json.dumps(model, ensure_ascii=False)}                   # a folder, a hub id (owner/name), or embedded:shell
 
 data:
   sources:
-    - path: {data}                # read as {form}; add more files, or `split: test` for one that is the test set
+    - path: {json.dumps(str(data), ensure_ascii=False)}    # read as {form}; `split: test` makes a file the test set
   split: {{train: 0.8, validation: 0.1, test: 0.1}}
   max_length: 1024                # tokens; what is longer is dropped and counted (too_long: truncate cuts it)
 

@@ -24,7 +24,18 @@ from ..errors import RequestError
 from . import EvaluateSettings
 from . import retention as retain
 from .retention import Piece, Probe, Retention, RetentionResult
-from .scores import Comparison, Measure, Score, Tokenizer, bleu_tokenizer, compare, f1_tokens, measures, normalise, row_scores
+from .scores import (
+    Comparison,
+    Measure,
+    Score,
+    Tokenizer,
+    bleu_tokenizer,
+    compare,
+    f1_tokens,
+    measures,
+    normalise,
+    row_scores,
+)
 
 
 class Completion(Protocol):
@@ -149,8 +160,9 @@ def from_report(report: Mapping[str, Any]) -> EvaluationResult:
     def comparison(saved: Mapping[str, Any] | None) -> Comparison | None:
         if saved is None:
             return None
-        fields = {key: value for key, value in saved.items() if key != "verdict"}
-        return Comparison(**{key: Score(**v) if isinstance(v, dict) else v for key, v in fields.items()})
+        fields: dict[str, Any] = {key: value for key, value in saved.items() if key != "verdict"}
+        scores: dict[str, Any] = {key: Score(**value) for key, value in fields.items() if isinstance(value, dict)}
+        return Comparison(**{**fields, **scores})
 
     def comparisons(saved: Sequence[Mapping[str, Any]]) -> list[Comparison]:
         return [one for one in map(comparison, saved) if one]

@@ -18,7 +18,9 @@ def set_stop_ids(model: Any, chat: Chat) -> None:
     """
     if model.generation_config is None or not chat.stop_ids:
         return
-    ids = list(chat.stop_ids)
+    own = model.generation_config.eos_token_id
+    own = {own} if isinstance(own, int) else set(own or ())
+    ids = sorted({*chat.stop_ids, *(own & chat.control_ids)})  # a config's mere default may name any ordinary token
     model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,13 +164,13 @@ def hidden_width(base: str) -> int:
 
 @torch.no_grad()
 def grow_vocabulary(model: Any, size: int) -> None:
-    """Gives the model an embedding for each id of a tokenizer of `size`; new ones are their mean."""
+    """Readies the model for tokens added to its tokenizer (now of `size`): rows that are lacking start at the mean of
+    the others, and embeddings are marked as trained and saved with an adapter, also where there were rows to spare."""
     old = model.get_input_embeddings().weight.shape[0]
-    if size <= old:
-        return
-    model.resize_token_embeddings(size, mean_resizing=False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        module.weight[old:] = module.weight[:old].float().mean(0).to(module.weight.dtype)
+    if size > old:
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight[old:] = module.weight[:old].float().mean(0).to(module.weight.dtype)
     model.fitout_grown_vocabulary = True
 
 
@@ -182,7 +183,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
     settings = lora.settings_of(folder)
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            if "lora_" not in name:
+            if "lora_" not in name:  # embeddings that were trained for added tokens
                 grow_vocabulary(model, file.get_slice(name).get_shape()[0])
     method = lora.create(settings)
     method.apply(model)
@@ -216,8 +217,12 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 def save_model(model: Any, folder: Path) -> None:
     """Writes a plain Hugging Face folder (config.json, generation_config.json, *.safetensors) into `folder`."""
+    from safetensors import SafetensorError
+
     use_cache, model.config.use_cache = model.config.use_cache, True
     try:
         model.save_pretrained(folder, save_original_format=False)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error  # a full disk, most often; the caller names the path
     finally:
         model.config.use_cache = use_cache

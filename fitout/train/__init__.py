@@ -40,7 +40,6 @@ class TrainSettings(BaseModel):
     keep: Literal["best", "last"] = Field("best", description="which weights the run ends with (best: by validation)")
     patience: int | None = Field(None, ge=1, description="stop after so many validations without improvement")
     listeners: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
-    parallel: Literal["auto", "ddp"] = Field("auto", description="how ranks started by torchrun work together")
 
     @model_validator(mode="after")
     def _warmup_makes_sense(self) -> Self:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..errors import CheckError
 from ..files import read_json, sha256_file, staged_folder, write_json, write_text
+from ..model.load import write_tensors
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
@@ -55,8 +56,8 @@ class Checkpoints:
         """Writes the checkpoint of `step` completely or not at all, then names it in LATEST."""
         path = self.path(step)
         with staged_folder(path) as staging:
-            save_file(_plain(weights), staging / WEIGHTS)
-            save_file(_plain(optimizer), staging / OPTIMIZER)
+            write_tensors(staging / WEIGHTS, weights)
+            write_tensors(staging / OPTIMIZER, optimizer)
             write_json(staging / STATE, state)
             files = {
                 name: {"size": (staging / name).stat().st_size, "sha256": sha256_file(staging / name)}
@@ -98,8 +99,8 @@ class Checkpoints:
         paths = sorted(self.folder.glob("step-*"), key=_step, reverse=True)
         if not paths or verify(paths[0]) is not None:
             return
-        kept = {_step(path) for path in paths[:keep_last]}
-        kept |= {read_json(self.path(step) / STATE)["progress"]["best_step"] for step in kept} | {best_step}
+        kept: set[int | None] = {_step(path) for path in paths[:keep_last]}
+        kept |= {read_json(path / STATE)["progress"]["best_step"] for path in paths[:keep_last]} | {best_step}
         for path in paths[keep_last:]:
             if _step(path) not in kept:
                 shutil.rmtree(path)
@@ -107,10 +108,6 @@ class Checkpoints:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def verify(path: Path) -> str | None:

@@ -217,7 +217,7 @@ def test_the_summary_fits_a_terminal(written):
     assert json.dumps(result.as_dict())
 
 
-def test_a_saved_report_draws_the_same_table(tmp_path):
+def test_a_saved_report_draws_the_same_table(written):
     """`fitout run` a second time shows what report.json holds."""
     import io
     import json
@@ -226,7 +226,8 @@ def test_a_saved_report_draws_the_same_table(tmp_path):
 
     from fitout.evaluate.suite import from_report
 
-    result = small_result()
+    probes = [{"prompt": "The sky is", "answer": "blue", "group": "colours"}]
+    _, result = written(FakeEngine({"a": "1"}), FakeEngine({"a": "2"}), [asked("a", "2")], probes=probes)
     saved = from_report(json.loads(json.dumps(result.as_dict())))
     drawn = []
     for one in (result, saved):
