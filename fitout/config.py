@@ -16,8 +16,8 @@ from .errors import RecipeError, RequestError
 from .evaluate import EvaluateSettings
 from .export import ExportSettings
 from .model import ModelSettings
-from .model.methods import LoraSettings, MethodSettings
-from .objectives import ObjectiveSettings, SftSettings
+from .model.methods import METHODS, LoraSettings, MethodSettings
+from .objectives import OBJECTIVES, ObjectiveSettings, SftSettings
 from .train import TrainSettings
 
 
@@ -123,11 +123,14 @@ def _anchor_paths(recipe: Recipe, folder: Path) -> None:
         recipe.evaluate.retention = anchored(recipe.evaluate.retention)
 
 
+KINDS = {plug.model_fields["kind"].default for plug in (*METHODS, *OBJECTIVES)}  # pydantic puts them into locations
+
+
 def _faults(error: ValidationError, raw: dict[str, Any]) -> list[str]:
     """One line a fault: where, what, and for a key that is not known the nearest that is."""
     lines = []
     for fault in error.errors():
-        path = [p for p in fault["loc"] if p not in ("full", "lora", "sft", "pretrain")]
+        path = [p for p in fault["loc"] if p not in KINDS]
         key = ".".join(str(p) for p in path)
         if fault["type"] == "extra_forbidden":
             known = _known_keys(path[:-1], raw)

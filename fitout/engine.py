@@ -98,7 +98,7 @@ class Engine:
 
         parts = resolve(what, adapter=adapter)
         model = open_model(what, adapter=adapter, precision=precision, trust_remote_code=trust_remote_code)
-        return cls(model, open_chat(parts.chat_folder))
+        return cls(model, open_chat(parts.chat_folder, trust_remote_code=trust_remote_code))
 
     def generate(
         self,

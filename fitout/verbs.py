@@ -228,7 +228,12 @@ def _open_chat(recipe: Recipe) -> Chat:
     from .model.load import resolve
 
     folder = resolve(recipe.model.base).chat_folder
-    return open_chat(folder, recipe.chat, trust_remote_code=recipe.model.trust_remote_code)
+    return open_chat(folder, recipe.chat, **_source(recipe))
+
+
+def _source(recipe: Recipe) -> dict[str, Any]:
+    """Which version of a hub id is meant, and whether its code may run."""
+    return {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
 
 
 def _prepare(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) -> tuple[Prepared, dict[str, Any]]:
@@ -261,7 +266,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
 
     from .data.batches import Batches
     from .model import methods
-    from .model.load import DTYPES, grow_vocabulary, hidden_width, load_adapter, load_base, resolve
+    from .model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
     from .model.methods.base import count, trainable
     from .model.precision import best_device, decide
     from .objectives import create
@@ -271,11 +276,19 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
 
     chat = _open_chat(recipe)
     parts = resolve(recipe.model.base)
+    if parts.adapter:
+        raise RequestError(
+            "model.base is an adapter that has not been merged",
+            where=recipe.model.base,
+            harm="A new adapter on top would name the plain base as its own, and be loaded over the wrong weights.",
+            hint="Merge it first (fitout merge), or go on from it with model.adapter over its base.",
+        )
     device = best_device()
     backend = Backend(device)
     kind = directory.read_status().get("precision")  # a run keeps the precision it began with
     if kind is None:
-        precision = decide(recipe.train.precision, device, width=hidden_width(parts.base))
+        width = hidden_width(load_config(parts.base, **_source(recipe)))
+        precision = decide(recipe.train.precision, device, width=width)
         screen.say(f"computing in {precision.kind} on {device.type}: {precision.why}")
         kind = precision.kind
     kind = backend.agree(kind, tuple(DTYPES))
@@ -293,13 +306,10 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         parts.base,
         dtype=DTYPES[kind] if stored_low else torch.float32,
         packed=recipe.data.packing,
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
         device=device,
+        **_source(recipe),
     )
     packing = recipe.data.packing and _packs(model, screen)
-    if parts.adapter:
-        load_adapter(model, parts.adapter).merge(model)
     if chat.grown:
         grow_vocabulary(model, len(chat.tokenizer))
     torch.manual_seed(recipe.train.seed)
@@ -442,7 +452,7 @@ def _save_trained(recipe: Recipe, directory: RunDir, method: Any, model: Any, ch
     set_stop_ids(model, chat)
     target = directory.adapter if method.frozen_base else directory.model
     with staged_folder(target) as folder:
-        method.save(model, folder, base=_base_name(recipe))
+        method.save(model, folder, base=_base_name(recipe), revision=recipe.model.revision)
         save_chat(chat, folder)
 
 
@@ -549,7 +559,8 @@ def _base_engine(recipe: Recipe, directory: RunDir) -> Iterator[Engine]:
 
     trained = directory.adapter if directory.adapter.exists() else directory.model
     chat = open_chat(trained)
-    model = open_model(recipe.model.base, adapter=recipe.model.adapter, precision=_inference_precision(directory))
+    precision = _inference_precision(directory)
+    model = open_model(recipe.model.base, adapter=recipe.model.adapter, precision=precision, **_source(recipe))
     grow_vocabulary(model, len(chat.tokenizer))
     yield Engine(model, chat)
 
@@ -561,7 +572,10 @@ def _tuned_engine(recipe: Recipe, directory: RunDir) -> Iterator[Engine]:
     from .model.load import open_model
 
     trained = directory.adapter if directory.adapter.exists() else directory.model
-    yield Engine(open_model(trained, precision=_inference_precision(directory)), open_chat(trained))
+    model = open_model(
+        trained, precision=_inference_precision(directory), trust_remote_code=recipe.model.trust_remote_code
+    )
+    yield Engine(model, open_chat(trained))
 
 
 def _inference_precision(directory: RunDir) -> str:

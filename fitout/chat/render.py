@@ -250,7 +250,15 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(inner)
 
 
-def open_chat(base: str | Path, settings: ChatSettings | None = None, *, trust_remote_code: bool = False) -> Chat:
-    """The tokenizer and template of a model folder or hub id, checked."""
-    loaded = load_tokenizer(str(base), settings or ChatSettings(), trust_remote_code=trust_remote_code)
+def open_chat(
+    base: str | Path,
+    settings: ChatSettings | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Chat:
+    """The tokenizer and template of a model folder or hub id; `check` is run before training, not here."""
+    loaded = load_tokenizer(
+        str(base), settings or ChatSettings(), revision=revision, trust_remote_code=trust_remote_code
+    )
     return Chat(loaded)

@@ -28,12 +28,14 @@ class LoadedTokenizer:
     notes: list[str] = field(default_factory=list)
 
 
-def load_tokenizer(base: str, settings: ChatSettings, *, trust_remote_code: bool = False) -> LoadedTokenizer:
+def load_tokenizer(
+    base: str, settings: ChatSettings, *, revision: str | None = None, trust_remote_code: bool = False
+) -> LoadedTokenizer:
     """Loads the tokenizer of `base` (a folder or hub id) and settles template and special tokens.
 
     Raises ModelError when there is no (fast) tokenizer, TemplateError when a template asks for tokens it lacks.
     """
-    tokenizer = _open(base, trust_remote_code)
+    tokenizer = _open(base, revision, trust_remote_code)
     loaded = LoadedTokenizer(tokenizer, "the tokenizer's own")
     source = _template_text(tokenizer, settings, loaded)
     if source is not None:
@@ -62,11 +64,13 @@ def load_tokenizer(base: str, settings: ChatSettings, *, trust_remote_code: bool
     return loaded
 
 
-def _open(base: str, trust_remote_code: bool) -> Any:
+def _open(base: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}",

@@ -10,7 +10,7 @@ import torch
 from ..chat.render import SAMPLE, Chat, open_chat
 from ..errors import CheckError
 from ..files import read_json, staged_folder
-from ..model.load import load_adapter, load_base, resolve, save_model
+from ..model.load import load_adapter, load_base, load_config, resolve, save_model
 from .write import save_chat, set_stop_ids, write_card
 
 if TYPE_CHECKING:
@@ -20,15 +20,25 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
-def merge_adapter(base: str, adapter: Path, target: Path, *, name: str, facts: dict[str, Any]) -> float:
+def merge_adapter(
+    base: str,
+    adapter: Path,
+    target: Path,
+    *,
+    name: str,
+    facts: dict[str, Any],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> float:
     """Writes base + adapter as a plain model folder in the base's own dtype; returns the largest relative difference of
     logits on probes between adapter and merged model.
 
     Raises CheckError, and leaves nothing behind, when the difference is more than rounding.
     """
-    dtype = stored_dtype(base)
+    source: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    dtype = stored_dtype(load_config(base, **source))
     chat = open_chat(adapter)
-    model: Any = load_base(base, dtype=torch.float32, packed=False)
+    model: Any = load_base(base, dtype=torch.float32, packed=False, **source)
     method = load_adapter(model, adapter)
     probes = probe_ids(chat, model.config.get_text_config().vocab_size)
     before = logits(model, probes)
@@ -50,11 +60,9 @@ def merge_adapter(base: str, adapter: Path, target: Path, *, name: str, facts: d
     return difference
 
 
-def stored_dtype(base: str) -> torch.dtype:
-    """The dtype a model's weights are stored in, from its config."""
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(base).dtype
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype a model's weights are stored in."""
+    dtype = config.dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     return dtype if dtype in TOLERANCE else torch.float32
@@ -93,7 +101,15 @@ def merge_run(directory: RunDir, recipe: Any) -> float:
         "Scores": _scores(directory),
     }
     base = resolve(recipe.model.base).base
-    return merge_adapter(base, directory.adapter, directory.merged, name=recipe.name, facts=facts)
+    return merge_adapter(
+        base,
+        directory.adapter,
+        directory.merged,
+        name=recipe.name,
+        facts=facts,
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
 
 
 def _scores(directory: RunDir) -> dict[str, str]:

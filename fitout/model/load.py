@@ -25,11 +25,12 @@ SHELL = Path(__file__).parents[1] / "demo" / "shell"
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where a model's parts are: weights, an adapter over them (or None), tokenizer and template."""
+    """Where a model's parts are: weights (of a hub id, at `revision`), an adapter over them, tokenizer and template."""
 
     base: str
     adapter: Path | None
     chat_folder: str
+    revision: str | None = None
 
 
 def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
@@ -62,8 +63,8 @@ def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
             )
         path = run.adapter
     if (path / "adapter_config.json").exists():
-        base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
-        return Resolved(resolve(base).base, path, str(path))
+        config = read_json(path / "adapter_config.json")
+        return Resolved(resolve(config["base_model_name_or_path"]).base, path, str(path), config.get("revision"))
     return Resolved(name, given, name)
 
 
@@ -132,11 +133,7 @@ def load_base(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the model cannot be loaded: {str(error).strip().splitlines()[0]}",
-            where=base,
-            hint="Check the folder or hub id; for hub ids the network, HF_TOKEN (gated models) and HF_ENDPOINT.",
-        ) from error
+        raise _cannot_load(base, error) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -150,16 +147,28 @@ def load_base(
     return model.to(device)
 
 
-def hidden_width(base: str) -> int:
-    """The model's hidden size, from its config; 512 where it does not say."""
+def load_config(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration. Raises ModelError when there is none."""
     from transformers import AutoConfig
 
     _check_folder(base)
     try:
-        config = AutoConfig.from_pretrained(base).get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError):
-        return 512  # loading the model will say what is wrong
-    return getattr(config, "hidden_size", 512)
+        return AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(base, error) from error
+
+
+def _cannot_load(base: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"the model cannot be loaded: {str(error).strip().splitlines()[0]}",
+        where=base,
+        hint="Check the folder or hub id; for hub ids the network, HF_TOKEN (gated models) and HF_ENDPOINT.",
+    )
+
+
+def hidden_width(config: Any) -> int:
+    """The model's hidden size, from its configuration; 512 where it does not say."""
+    return getattr(config.get_text_config(decoder=True), "hidden_size", 512)
 
 
 @torch.no_grad()
@@ -192,15 +201,22 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
 
 
 def open_model(
-    what: str | Path, *, adapter: str | Path | None = None, precision: str = "auto", trust_remote_code: bool = False
+    what: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    precision: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model for inference: base and adapter put together, eval mode, SDPA attention, on the best device."""
     from .precision import best_device, decide
 
     parts = resolve(what, adapter=adapter)
+    source: Any = {"revision": revision or parts.revision, "trust_remote_code": trust_remote_code}
     device = best_device()
-    dtype = DTYPES[decide(precision, device, width=hidden_width(parts.base)).kind]
-    model = load_base(parts.base, dtype=dtype, packed=False, device=device, trust_remote_code=trust_remote_code)
+    width = hidden_width(load_config(parts.base, **source))
+    dtype = DTYPES[decide(precision, device, width=width).kind]
+    model = load_base(parts.base, dtype=dtype, packed=False, device=device, **source)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
     return model.eval()

@@ -17,7 +17,7 @@ class Method(Protocol):
     def apply(self, model: nn.Module) -> None:
         """Makes the model trainable as the method wants; what is trained has requires_grad, all else has not."""
 
-    def save(self, model: nn.Module, folder: Path, *, base: str) -> None:
+    def save(self, model: nn.Module, folder: Path, *, base: str, revision: str | None = None) -> None:
         """Writes what was trained into `folder` (PEFT or Hugging Face format)."""
 
     def merge(self, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ class Full:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
 
-    def save(self, model: nn.Module, folder: Path, *, base: str) -> None:
+    def save(self, model: nn.Module, folder: Path, *, base: str, revision: str | None = None) -> None:
         from ..load import save_model
 
         save_model(model, folder)

@@ -85,15 +85,16 @@ class Lora:
             )
         return chosen
 
-    def save(self, model: Any, folder: Path, *, base: str) -> None:
+    def save(self, model: Any, folder: Path, *, base: str, revision: str | None = None) -> None:
         from ..load import write_tensors
 
         names = sorted(adapters(model))
         grown = getattr(model, "fitout_grown_vocabulary", False)
-        config = {
+        config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
+            "revision": revision,
             "r": self.settings.rank,
             "lora_alpha": self.settings.alpha,
             "lora_dropout": self.settings.dropout,

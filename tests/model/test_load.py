@@ -1,0 +1,93 @@
+"""Finding models: what a name means, what is refused, and that an adapter remembers its base, version included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fitout.config import build
+from fitout.errors import ModelError, RequestError
+from fitout.model import EMBEDDED
+from fitout.model.load import SHELL, grow_vocabulary, load_base, resolve
+from fitout.model.methods import LoraSettings, create
+from fitout.model.methods.lora import adapters, settings_of
+from tests.conftest import tiny_llama
+
+
+def saved_adapter(folder, **settings):
+    model = tiny_llama()
+    method = create(LoraSettings(**settings))
+    method.apply(model)
+    folder.mkdir()
+    method.save(model, folder, base="owner/name", revision="v2")
+    return folder
+
+
+def test_names_and_what_they_resolve_to(tmp_path):
+    assert resolve(EMBEDDED).base == str(SHELL)
+    assert resolve("owner/name").base == "owner/name"
+    adapter = saved_adapter(tmp_path / "adapter", rank=4)
+    parts = resolve(adapter)
+    assert (parts.base, parts.adapter, parts.revision) == ("owner/name", adapter, "v2")
+    with pytest.raises(ModelError, match="no such model folder"):
+        resolve(tmp_path / "nowhere")
+
+
+def test_settings_survive_the_adapter_folder(tmp_path):
+    folder = saved_adapter(tmp_path / "adapter", rank=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"])
+    assert settings_of(folder) == LoraSettings(rank=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(ModelError, match="use_dora"):
+        settings_of(folder)
+
+
+def test_weights_that_are_missing_or_pickled_are_refused(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(SHELL / "config.json", folder)
+    with pytest.raises(ModelError, match="no weights"):
+        load_base(str(folder))
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        load_base(str(folder))
+
+
+def test_a_base_that_is_an_unmerged_adapter_is_refused(tmp_path):
+    from fitout import verbs
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    adapter = saved_adapter(tmp_path / "adapter", rank=4)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(SHELL)}))
+    for file in SHELL.glob("*.json*"):
+        if not (adapter / file.name).exists():
+            shutil.copy(file, adapter)
+    shutil.copy(SHELL / "chat_template.jinja", adapter)
+    recipe = build({"name": "x", "model": {"base": str(adapter)}, "data": {"sources": [{"path": str(data)}]}})
+    with pytest.raises(RequestError, match="not been merged"):
+        verbs.train(recipe, out=tmp_path / "run")
+
+
+def test_targets_that_match_nothing_are_refused():
+    with pytest.raises(RequestError, match="q_prog"):
+        create(LoraSettings(targets=["q_prog", "v_proj"])).apply(tiny_llama())
+    model = tiny_llama()
+    create(LoraSettings(targets=["q_proj"])).apply(model)
+    assert {name.rpartition(".")[2] for name in adapters(model)} == {"q_proj"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_start_at_the_mean_and_are_trained_with_the_adapter(tied):
+    model = tiny_llama(tied=tied)
+    mean = model.get_input_embeddings().weight.detach().mean(0)
+    grow_vocabulary(model, 101)
+    for row in model.get_input_embeddings().weight[97:]:
+        torch.testing.assert_close(row, mean)
+    create(LoraSettings()).apply(model)
+    assert model.get_input_embeddings().weight.requires_grad
+    assert model.get_output_embeddings().weight.requires_grad
