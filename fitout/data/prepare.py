@@ -132,7 +132,7 @@ def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int) -> s
         files = list_files(source, Path()).files
         contents.append([sha256_file(path) for path, _ in files] if files else source.path)
     rules = settings.model_dump(mode="json", exclude={"packing": True, "sources": {"__all__": {"path"}}})
-    return fingerprint(4, rules, contents, chat.fingerprint, wants, seed)
+    return fingerprint(5, rules, contents, chat.fingerprint, wants, seed)
 
 
 # read and convert
@@ -322,9 +322,13 @@ def _cut_text(group: list[Tokens], settings: DataSettings) -> list[Tokens]:
 
 
 def _rows(rendered: Rendered) -> Iterator[tuple[int, Tokens]]:
-    for group, (_, samples) in enumerate(rendered):
+    """Rows with the group they are shuffled in: a conversation's samples stay together, a text's blocks do not."""
+    group = 0
+    for sample, samples in rendered:
         for tokens in samples:
             yield group, tokens
+            group += isinstance(sample, Text)
+        group += not isinstance(sample, Text)
 
 
 # what is told

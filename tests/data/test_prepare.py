@@ -244,3 +244,19 @@ def test_a_kill_before_the_end_means_preparing_again(tmp_path, chat):
     (run.data / "train.arrow").write_bytes(b"torn")
     _, second, report = made(tmp_path, chat, [{"path": path}])
     assert second.fingerprint == first.fingerprint and len(second.part("train")) == report["kept"]["train"]
+
+
+def test_the_blocks_of_a_text_are_shuffled_apart(tmp_path):
+    """One long text must not become one giant step."""
+    from fitout.data.batches import Batches
+
+    (tmp_path / "long.txt").write_text("The capital of Japan is Tokyo. " * 400, encoding="utf-8")
+    settings = DataSettings(
+        sources=[{"path": str(tmp_path / "long.txt")}],
+        split={"train": 1, "validation": 0, "test": 0},
+        max_length=64,
+    )
+    prepared, _ = prepare(settings, open_chat(SHELL), "text", RunDir(tmp_path / "run"))
+    part = prepared.part("train")
+    assert len(part) > 20 and len(set(part.groups.tolist())) == len(part)
+    assert max(len(Batches(part, batch_size=4).rows(step)) for step in range(5)) == 4
