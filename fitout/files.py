@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON lines, hashes, and the one guard against paths that leave their folder."""
+"""Files: atomic writes, JSON lines, hashes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import FitoutError, RequestError
+from .errors import FitoutError
 
 
 def sync_folder(folder: Path) -> None:
@@ -145,16 +145,3 @@ def fingerprint(*parts: Any) -> str:
     """A short stable hash of JSON-able parts (20 hex digits of SHA-256)."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
-
-
-def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, refused when it would lie outside `folder` (`..`, absolute paths, links)."""
-    root = Path(folder).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise RequestError(
-            f"{name!r} points outside {root}",
-            harm="Following it could read or overwrite files that are not part of this work.",
-            hint="Use a plain file name.",
-        )
-    return path

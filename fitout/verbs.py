@@ -175,7 +175,6 @@ def _working(directory: RunDir, recipe: Recipe, screen: Screen) -> Iterator[None
             directory.update_status(status=ended, error=str(error) if isinstance(error, FitoutError) else repr(error))
             raise
         status = directory.read_status()
-        status.pop("error", None)
         if status["status"] == "running":
             directory.update_status(status=status.get("reached", "prepared"), error=None)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..chat.render import texts_in
 from ..chat.types import Message
 from ..data.formats.turns import read_calls, read_tools
 
@@ -158,7 +159,7 @@ class ChatRequest(_Strict):
     def own_texts(self) -> list[str]:
         """Every string of the request that a template may write out, beside the contents of the messages."""
         extras = [message.message().extra for message in self.messages]
-        return list(_strings([extras, *self.offered]))
+        return list(texts_in([extras, *self.offered]))
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -177,14 +178,6 @@ def _say(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return "this server does not know this field; leave it out"
     return str(fault["msg"])
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
 
 
 class Reply:
