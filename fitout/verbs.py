@@ -301,6 +301,18 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
     if not backend.main:
         prepared, report = _prepare(recipe, directory, chat, screen)
 
+    batches = Batches(
+        prepared.part("train"),
+        batch_size=recipe.train.batch_size,
+        batch_tokens=recipe.train.batch_tokens,
+        seed=recipe.train.seed,
+    )
+    total = recipe.train.max_steps or batches.steps_in(recipe.train.epochs)
+    if directory.read_status().get("trained_steps") == total and resume:
+        screen.say("training is complete already")
+        backend.close()
+        return
+
     model = load_base(
         parts.base,
         dtype=DTYPES[kind] if stored_low else torch.float32,
@@ -308,7 +320,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         device=device,
         **_source(recipe),
     )
-    packing = recipe.data.packing and _packs(model, screen)
+    batches.packing = batches.share = recipe.data.packing and _packs(model, screen)
     if chat.grown:
         grow_vocabulary(model, len(chat.tokenizer))
     torch.manual_seed(recipe.train.seed)
@@ -318,24 +330,11 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         method.apply(model)
     _require_context(model, recipe, report)
 
-    batches = Batches(
-        prepared.part("train"),
-        batch_size=recipe.train.batch_size,
-        batch_tokens=recipe.train.batch_tokens,
-        seed=recipe.train.seed,
-        packing=packing,
-        share=packing,
-    )
-    total = recipe.train.max_steps or batches.steps_in(recipe.train.epochs)
     lr = recipe.train.lr or recipe.method.default_lr
     trained = count(trainable(model))
     whole = sum(parameter.numel() for parameter in model.parameters())
     screen.say(f"{recipe.method.kind}: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2f} %)")
     _tell_sharing(batches, total, screen)
-    if directory.read_status().get("trained_steps") == total and resume:
-        screen.say("training is complete already")
-        backend.close()
-        return
     job = Job(
         model=model,
         objective=create(recipe.objective),
