@@ -318,6 +318,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         dtype=DTYPES[kind] if stored_low else torch.float32,
         packed=recipe.data.packing,
         device=device,
+        extra=method.load_kwargs(DTYPES[kind]),
         **_source(recipe),
     )
     batches.packing = batches.share = recipe.data.packing and _packs(model, screen)
@@ -337,6 +338,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
     _tell_sharing(batches, total, screen)
     job = Job(
         model=model,
+        method=method,
         objective=create(recipe.objective),
         batches=batches,
         validation=prepared.part("validation"),
@@ -380,12 +382,12 @@ def _packs(model: Any, screen: Screen) -> bool:
 def _go_on_from(recipe: Recipe, model: Any, method: Any) -> None:
     """Loads an earlier adapter as the starting point; its shape must be the recipe's."""
     from .model.load import adapter_folder
-    from .model.methods import lora
+    from .model.methods import saved_in
 
     folder = adapter_folder(str(recipe.model.adapter))
-    if not isinstance(method, lora.Lora):
+    if type(saved_in(folder)) is not type(method):
         raise RequestError(
-            f"model.adapter is a LoRA adapter, and method is {recipe.method.kind}",
+            f"model.adapter was made by another method than {recipe.method.kind}",
             where="model.adapter",
             hint="Merge it first (fitout merge), and use the merged folder as model.base.",
         )

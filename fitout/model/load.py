@@ -114,8 +114,12 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device = "cpu",
+    extra: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A causal language model with its weights in `dtype`; `packed` gives it our attention, else transformers' SDPA."""
+    """A causal language model with its weights in `dtype`; `packed` gives it our attention, else transformers' SDPA.
+
+    `extra` goes to `from_pretrained` as it is (a method's `load_kwargs`).
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -131,6 +135,7 @@ def load_base(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **(extra or {}),
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(base, error) from error
@@ -183,18 +188,29 @@ def grow_vocabulary(model: Any, size: int) -> None:
     model.fitout_grown_vocabulary = True
 
 
+def embeddings(model: Any) -> dict[str, Any]:
+    """Input embedding, and the head where it is not tied to it, by name."""
+    found, seen = {}, set()
+    for name, module in model.named_modules():
+        if module is model.get_input_embeddings() or module is model.get_output_embeddings():
+            if id(module.weight) not in seen:
+                found[name] = module
+            seen.add(id(module.weight))
+    return found
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
-    """Applies the LoRA adapter in `folder` to the model; returns the method, whose `merge` folds it in."""
+    """Applies the adapter in `folder` to the model; returns the method, whose `merge` folds it in."""
     from safetensors import safe_open
 
-    from .methods import lora
+    from .methods import saved_in
 
-    settings = lora.settings_of(folder)
+    method = saved_in(folder)
+    ends = tuple(f".{name}.weight" for name in embeddings(model))
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            if "lora_" not in name:  # embeddings that were trained for added tokens
+            if name.endswith(ends):  # embeddings that were trained for added tokens
                 grow_vocabulary(model, file.get_slice(name).get_shape()[0])
-    method = lora.create(settings)
     method.apply(model)
     method.load(model, folder)
     return method

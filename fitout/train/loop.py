@@ -13,7 +13,7 @@ import torch
 from ..data.batches import Batches, layouts_of
 from ..data.store import Part
 from ..errors import CheckError, FitoutError, Stopped
-from ..model.methods.base import copy_into, trainable
+from ..model.methods.base import Method, copy_into, trainable
 from ..objectives.base import Objective
 from ..rundir import RunDir
 from . import TrainSettings
@@ -23,6 +23,8 @@ from .guard import FiniteGuard, StopRequest, is_out_of_memory
 from .listeners import Listener
 from .optim import learning_rate, load_state_tensors, make_optimizer, state_tensors
 from .step import StepResult, mean_loss, train_step
+
+STATE = "method|"  # before the names of a method's own state in a checkpoint's weights
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Job:
     """What to train, on what. Made by verbs; `identity` is what a checkpoint must agree with to go on from it."""
 
     model: Any
+    method: Method
     objective: Objective
     batches: Batches
     validation: Part | None
@@ -92,7 +95,7 @@ class _Run:
     def __init__(self, job: Job, backend: Backend, listeners: Sequence[Listener]):
         self.job, self.backend, self.listeners = job, backend, listeners
         self.parameters = trainable(job.model)
-        self.optimizer = make_optimizer(self.parameters, job.settings)
+        self.optimizer = make_optimizer(self.parameters, job.settings, job.method.rates(job.model))
         self.checkpoints = Checkpoints(job.run.checkpoints)
         self.finite = FiniteGuard()
         self.at = Progress(budget=_first_budget(job.settings, backend))
@@ -105,6 +108,7 @@ class _Run:
         if checkpoint:
             self._restore(checkpoint)
         else:
+            self.job.method.begin(self.job.model, self._gradients)
             self.backend.same_everywhere(self.parameters.values())
         for listener in self.listeners:
             listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
@@ -126,7 +130,7 @@ class _Run:
                 harm="Going on would mix two trainings.",
                 hint="Undo the change, or start anew with another name or --out.",
             )
-        copy_into(self.parameters, checkpoint.weights())
+        self._put_back(checkpoint.weights())
         load_state_tensors(self.optimizer, self.parameters, checkpoint.optimizer())
         self.backend.load_state(checkpoint.state["backend"])
         self.at = Progress(**checkpoint.state["progress"])
@@ -134,18 +138,41 @@ class _Run:
         if self.at.step < self.job.total_steps:
             self.at.stopped_early = False
 
+    def _put_back(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Trained parameters, and what else the method needs, as `_weights` gave them."""
+        own = {name.removeprefix(STATE): tensor for name, tensor in tensors.items() if name.startswith(STATE)}
+        self.job.method.restore(self.job.model, own)
+        copy_into(self.parameters, tensors)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        state = self.job.method.state(self.job.model)
+        return {**self.parameters, **{STATE + name: tensor for name, tensor in state.items()}}
+
+    def _gradients(self, steps: int = 8) -> None:
+        """Backward over the samples of the first steps, divided by their units; gradients are left in the model."""
+        batches, backend = self.job.batches, self.backend
+        for index in range(min(steps, self.job.total_steps)):
+            layouts = batches.layouts(index, budget=self.at.budget, rank=backend.rank, ranks=backend.ranks)
+            (total,) = backend.sum(self.job.objective.units(layouts))
+            for layout in layouts:
+                if layout.supervised:
+                    with backend.compute():
+                        loss = self.job.objective.loss(self.job.model, layout, total)
+                    backend.backward(loss)
+
     # one step
 
     def step(self) -> None:
         settings, index = self.job.settings, self.at.step
         rate = learning_rate(index, self.job.total_steps, self.job.lr, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         start = time.perf_counter()
         result = self._step_with_memory(index)
         seconds = time.perf_counter() - start
         self.finite.saw(result.finite, index + 1, self._origins(index))
         self.at.step += 1
+        self.job.method.after_step(self.job.model, self.optimizer, self.at.step, self.job.total_steps)
         self.at.tokens += result.tokens
         self.at.supervised += result.supervised
         self.at.seconds += seconds
@@ -262,7 +289,7 @@ class _Run:
         if self.backend.main:
             self.checkpoints.save(
                 self.at.step,
-                dict(self.parameters),
+                self._weights(),
                 state_tensors(self.optimizer, self.parameters),
                 {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()},
             )
@@ -276,7 +303,7 @@ class _Run:
         self.save()
         best = self.at.best_step
         if self.job.settings.keep == "best" and best is not None and best != self.at.step:
-            copy_into(self.parameters, self.checkpoints.at(best).weights())
+            self._put_back(self.checkpoints.at(best).weights())
         self._tell("finished", best_step=self.at.best_step, stopped_early=self.at.stopped_early)
 
     # telling

@@ -10,15 +10,23 @@ from torch import nn
 from . import TrainSettings
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); matrices decay, vectors (norms, biases) do not."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=settings.betas, fused=True)
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], settings: TrainSettings, rates: dict[str, float]
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); matrices decay, vectors (norms, biases) do not.
+
+    `rates` are factors on the learning rate by parameter name (1 where not named); each group carries its `factor`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((decay, rates.get(name, 1.0)), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "weight_decay": decay, "factor": factor} for (decay, factor), p in groups.items()],
+        lr=0.0,
+        betas=settings.betas,
+        fused=True,
+    )
 
 
 def learning_rate(step: int, total: int, peak: float, settings: TrainSettings) -> float:

@@ -68,12 +68,15 @@ def adapted(settings: LoraSettings, *, seed: int = 5):
     return model, method
 
 
-def job_of(folder: Path, model, part: Part, *, total: int, lr: float = 1e-3, validation=None, **settings) -> Job:
+def job_of(
+    folder: Path, model, part: Part, *, total: int, lr: float = 1e-3, validation=None, method=None, **settings
+) -> Job:
     identity = settings.pop("identity", {"data": "a"})
     packing = settings.pop("packing", True)
     chosen = TrainSettings(**{"batch_size": 4, "precision": "fp32", **settings})
     return Job(
         model=model,
+        method=method or methods.create(methods.FullSettings()),
         objective=create(SftSettings()),
         batches=Batches(
             part,

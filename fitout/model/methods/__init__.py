@@ -1,15 +1,20 @@
 """The fine-tuning methods. A method says what is trained, how it is saved and how it goes back into the base.
 
-Adding one: a file beside this one with a class that has the members of `base.Method`, and its settings here, in
-METHODS and in MethodSettings.
+Adding one: a file beside this one with a class derived from `base.Method`, and its settings here, in METHODS and in
+MethodSettings; when it saves an adapter, the `peft_type` of its adapter_config.json in SAVED, and a function
+`settings_of(folder)` in its file.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ...errors import ModelError
+from ...files import read_json
 
 if TYPE_CHECKING:
     from .base import Method
@@ -47,8 +52,21 @@ class LoraSettings(BaseModel):
 
 METHODS = (FullSettings, LoraSettings)
 MethodSettings = Annotated[FullSettings | LoraSettings, Field(discriminator="kind")]
+SAVED = {"LORA": "lora"}  # peft_type of a saved adapter -> the file that reads it
 
 
 def create(settings: FullSettings | LoraSettings) -> Method:
     """The method that `settings` asks for."""
     return import_module(f".{settings.kind}", __name__).create(settings)
+
+
+def saved_in(folder: Path) -> Method:
+    """The method that made the adapter in `folder`, with its settings. Raises ModelError for one that is not known."""
+    kind = read_json(folder / "adapter_config.json").get("peft_type")
+    if kind not in SAVED:
+        raise ModelError(
+            f"this adapter is of type {kind}, which Fitout does not compute",
+            where=str(folder / "adapter_config.json"),
+            hint=f"Known: {', '.join(SAVED)}. Merge it with the tool that made it, and use the merged model.",
+        )
+    return create(import_module(f".{SAVED[kind]}", __name__).settings_of(folder))

@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 
-class Method(Protocol):
-    """A fine-tuning method over a loaded model."""
+class Method:
+    """A fine-tuning method over a loaded model. A method overrides what it does differently from the defaults here."""
 
-    frozen_base: bool  # the base stays as it is: it may be stored in the compute dtype, and merging means something
+    frozen_base = True  # the base stays as it is: it may be stored in the compute dtype, and merging means something
+    unmergeable: str | None = None  # why what was trained cannot be folded into the plain architecture, when it cannot
+
+    def load_kwargs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What `from_pretrained` is asked for besides the dtype the base is stored and computed in (quantisation)."""
+        return {}
 
     def apply(self, model: nn.Module) -> None:
         """Makes the model trainable as the method wants; what is trained has requires_grad, all else has not."""
+        raise NotImplementedError
+
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        """Factors on the learning rate by parameter name; those not named have 1."""
+        return {}
+
+    def begin(self, model: nn.Module, gradients: Callable[[], None]) -> None:
+        """Called once before the first step of a new run. `gradients()` runs the objective's backward on the first
+        steps' samples, for a method that chooses what to train by them; it leaves the weights alone."""
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+        """Called after optimizer step `step` (from 1) of `total`, for a method that changes what is trained."""
+
+    def state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What a checkpoint needs besides the trained parameters and the optimizer's moments."""
+        return {}
+
+    def restore(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """Puts back what `state` gave."""
 
     def save(self, model: nn.Module, folder: Path, *, base: str, revision: str | None = None) -> None:
-        """Writes what was trained into `folder` (PEFT or Hugging Face format)."""
+        """Writes what was trained into `folder` (PEFT's format, the method's own, or Hugging Face's)."""
+        raise NotImplementedError
+
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Reads what `save` wrote into a model this method was applied to. Raises ModelError when it does not fit."""
+        raise NotImplementedError
 
     def merge(self, model: nn.Module) -> None:
         """Folds what was trained into the plain architecture, in place."""
+        raise NotImplementedError
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -34,7 +65,7 @@ def count(parameters: dict[str, nn.Parameter]) -> int:
 
 
 def copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
-    """Copies saved tensors over parameters of the same names; the two sets must match exactly."""
+    """Copies saved tensors over parameters of the same names; none may be missing."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

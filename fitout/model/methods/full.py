@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from . import FullSettings
+from .base import Method
 
 
-class Full:
+class Full(Method):
     frozen_base = False
 
     def apply(self, model: nn.Module) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ...errors import ModelError, RequestError
 from ...files import read_json, write_json
 from ..fused import lora_linear
+from ..load import embeddings, write_tensors
 from . import LoraSettings
-from .base import copy_into
+from .base import Method, copy_into
 
 PREFIX = "base_model.model."  # PEFT wraps the model twice; its file names keep that
 
@@ -50,9 +51,7 @@ class LoraLinear(nn.Module):
         return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
 
 
-class Lora:
-    frozen_base = True
-
+class Lora(Method):
     def __init__(self, settings: LoraSettings):
         self.settings = settings
 
@@ -65,7 +64,7 @@ class Lora:
             owner = model.get_submodule(parent)
             setattr(owner, leaf, LoraLinear(getattr(owner, leaf), self.settings))
         if grown:  # new role tokens mean nothing yet: their embeddings are trained and saved with the adapter
-            for module in _embeddings(model).values():
+            for module in embeddings(model).values():
                 module.weight.requires_grad_(True)
 
     def _targets(self, model: Any) -> list[str]:
@@ -86,8 +85,6 @@ class Lora:
         return chosen
 
     def save(self, model: Any, folder: Path, *, base: str, revision: str | None = None) -> None:
-        from ..load import write_tensors
-
         names = sorted(adapters(model))
         grown = getattr(model, "fitout_grown_vocabulary", False)
         config: dict[str, Any] = {
@@ -120,7 +117,7 @@ class Lora:
             tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
         if with_embeddings:
-            for name, module in _embeddings(model).items():
+            for name, module in embeddings(model).items():
                 tensors[f"{PREFIX}{name}.weight"] = module.weight.detach()
         return tensors
 
@@ -132,7 +129,7 @@ class Lora:
         for name, layer in adapters(model).items():
             wanted[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
             wanted[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-        for name, module in _embeddings(model).items():
+        for name, module in embeddings(model).items():
             if f"{PREFIX}{name}.weight" in saved:
                 wanted[f"{PREFIX}{name}.weight"] = module.weight
         _require_same(set(wanted), set(saved), folder)
@@ -159,17 +156,6 @@ class Lora:
 def adapters(model: Any) -> dict[str, LoraLinear]:
     """The adapted layers by their name in the base model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-
-
-def _embeddings(model: Any) -> dict[str, Any]:
-    """Input embedding, and the head where it is not tied to it, by name."""
-    found, seen = {}, set()
-    for name, module in model.named_modules():
-        if module is model.get_input_embeddings() or module is model.get_output_embeddings():
-            if id(module.weight) not in seen:
-                found[name] = module
-            seen.add(id(module.weight))
-    return found
 
 
 def _require_same(wanted: set[str], saved: set[str], folder: Path) -> None:
