@@ -183,7 +183,8 @@ def test_the_rate_is_the_one_that_is_logged(tmp_path):
 
 def test_vectors_do_not_decay():
     model = tiny_llama()
-    groups = make_optimizer(dict(model.named_parameters()), TrainSettings(weight_decay=0.1)).param_groups
+    named = dict(model.named_parameters())
+    groups = make_optimizer(named, TrainSettings(weight_decay=0.1), {}).param_groups
     assert [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
