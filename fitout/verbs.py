@@ -265,6 +265,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
 
     from .data.batches import Batches
     from .model import methods
+    from .model.fuse import fuse
     from .model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
     from .model.methods.base import count, trainable
     from .model.precision import best_device, decide
@@ -330,6 +331,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
     else:
         method.apply(model)
     _require_context(model, recipe, report)
+    fuse(model)
 
     lr = recipe.train.lr or recipe.method.default_lr
     trained = count(trainable(model))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError, RequestError
 from ...files import read_json, write_json
-from ..fused import lora_linear
+from ..fused import gated_lora_linear, lora_linear, swiglu
 from ..load import embeddings, write_tensors
 from . import LoraSettings
 from .base import Method, copy_into
@@ -49,6 +49,12 @@ class LoraLinear(nn.Module):
             low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
             return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
         return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The layer of silu(gate) * up, which is not kept for the backward."""
+        if type(self) is not LoraLinear or (self.training and self.dropout > 0):
+            return self(swiglu(gate, up))
+        return gated_lora_linear(gate, up, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
 
 
 class Lora(Method):
