@@ -157,16 +157,8 @@ def test_cross_entropy_of_large_and_equal_logits():
     torch.testing.assert_close(hidden.grad, again.grad, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_documents_attention_equals_each_document_alone(dtype):
-    torch.manual_seed(4)
-    register()
-    assert NAME == "fitout"
-    leaves = [torch.randn(1, heads, 23, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
-    segments = (Segment(0, 5), Segment(5, 6), Segment(6, 23))
-    out, _ = packed_attention(None, *leaves, None, segments=segments, scaling=0.3)
-    slope = torch.randn_like(out)
-    ours = torch.autograd.grad(out, leaves, slope)
+def each_alone(leaves, segments):
+    """(1, T, H, D): every document through PyTorch's own attention, one by one."""
     q, k, v = leaves
     parts = [
         F.scaled_dot_product_attention(
@@ -175,7 +167,24 @@ def test_documents_attention_equals_each_document_alone(dtype):
         )
         for s in segments
     ]  # fmt: skip
-    want = torch.cat(parts, 2).transpose(1, 2)
-    torch.testing.assert_close(out, want)
-    for a, b in zip(ours, torch.autograd.grad(want, leaves, slope), strict=True):
-        torch.testing.assert_close(a, b)
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_attention_equals_each_document_alone(dtype):
+    torch.manual_seed(4)
+    register()
+    assert NAME == "fitout"
+    segments = (Segment(0, 5), Segment(5, 6), Segment(6, 23), Segment(23, 600))
+    leaves = [torch.randn(1, heads, 600, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    slope = torch.randn(1, 600, 4, 8, dtype=dtype)
+    out, _ = packed_attention(None, *leaves, None, segments=segments, scaling=0.3)
+    ours = [out, *torch.autograd.grad(out, leaves, slope)]
+    theirs = each_alone(leaves, segments)
+    theirs = [theirs, *torch.autograd.grad(theirs, leaves, slope)]
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    exact = each_alone(exact_leaves, segments)
+    exact = [exact, *torch.autograd.grad(exact, exact_leaves, slope.double())]
+    for a, b, truth in zip(ours, theirs, exact, strict=True):  # no further from the truth than PyTorch's own is
+        assert (a - truth).norm() <= 1.2 * (b - truth).norm()
+        assert (a - truth).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * truth.norm()
