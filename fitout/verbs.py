@@ -266,12 +266,13 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
     from .data.batches import Batches
     from .model import methods
     from .model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
-    from .model.methods.base import count, trainable
+    from .model.methods.base import count, raise_to_fp32, trainable
     from .model.precision import best_device, decide
     from .objectives import create
     from .train.backend import Backend
     from .train.listeners import make_listeners
     from .train.loop import Job, fit
+    from .train.optim import optimizer_notes
 
     chat = _open_chat(recipe)
     parts = resolve(recipe.model.base)
@@ -292,8 +293,6 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         kind = precision.kind
     kind = backend.agree(kind, tuple(DTYPES))
     method = methods.create(recipe.method)
-    stored_low = method.frozen_base and not chat.grown  # trained embeddings stay in fp32, as full weights do
-    backend.compute_in(kind, autocast=not stored_low)
 
     if backend.main:
         prepared, report = _prepare(recipe, directory, chat, screen)
@@ -315,7 +314,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
 
     model = load_base(
         parts.base,
-        dtype=DTYPES[kind] if stored_low else torch.float32,
+        dtype=DTYPES[kind] if method.frozen_base else torch.float32,
         packed=recipe.data.packing,
         device=device,
         extra=method.load_kwargs(DTYPES[kind]),
@@ -329,12 +328,16 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         _go_on_from(recipe, model, method)
     else:
         method.apply(model)
+    raised = raise_to_fp32(trainable(model))  # what is trained of the base itself stays in fp32
+    backend.compute_in(kind, autocast=raised or not method.frozen_base)
     _require_context(model, recipe, report)
 
     lr = recipe.train.lr or recipe.method.default_lr
     trained = count(trainable(model))
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole = method.size(model)
     screen.say(f"{recipe.method.kind}: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2f} %)")
+    for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
+        screen.say(note)
     _tell_sharing(batches, total, screen)
     job = Job(
         model=model,
@@ -560,7 +563,13 @@ def _base_engine(recipe: Recipe, directory: RunDir) -> Iterator[Engine]:
     trained = directory.adapter if directory.adapter.exists() else directory.model
     chat = open_chat(trained)
     precision = _inference_precision(directory)
-    model = open_model(recipe.model.base, adapter=recipe.model.adapter, precision=precision, **_source(recipe))
+    model = open_model(
+        recipe.model.base,
+        adapter=recipe.model.adapter,
+        precision=precision,
+        like=directory.adapter if directory.adapter.exists() else None,
+        **_source(recipe),
+    )
     grow_vocabulary(model, len(chat.tokenizer))
     yield Engine(model, chat)
 
