@@ -336,6 +336,8 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
     trained = count(trainable(model))
     whole = method.size(model)
     screen.say(f"{recipe.method.kind}: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2f} %)")
+    if method.held:
+        screen.say(f"the base is held {method.held}; evaluation, chat and serving hold it so too")
     for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
         screen.say(note)
     _tell_sharing(batches, total, screen)
@@ -522,6 +524,7 @@ def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool 
     from .data.prepare import test_conversations
     from .evaluate import report as pages
     from .evaluate.suite import evaluate
+    from .model.methods import saved_in
 
     if (
         directory.evaluation_report.exists()
@@ -531,6 +534,9 @@ def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool 
         screen.say("evaluation is complete already")
         return None
     conversations = test_conversations(directory)
+    held = saved_in(directory.adapter).held if directory.adapter.exists() else None
+    if held:
+        screen.say(f"base and tuned model answer with the base held {held}")
     result = evaluate(
         lambda: _base_engine(recipe, directory),
         lambda: _tuned_engine(recipe, directory),
@@ -620,12 +626,16 @@ def _merge(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = F
         (directory.merged / "config.json").exists()
         and not again
         and directory.read_status().get("merged_steps") == (directory.read_status().get("trained_steps"))
+        and directory.read_status().get("merged_into", recipe.export.merge_into) == recipe.export.merge_into
     ):
         screen.say("the merged model is there already")
         return directory.merged
-    difference = merge_run(directory, recipe)
+    difference = merge_run(directory, recipe, screen.say)
     screen.say(f"merged: largest difference of logits on probes {difference:.2g} ({directory.merged})")
     directory.update_status(
-        reached="merged", merge_difference=difference, merged_steps=directory.read_status().get("trained_steps")
+        reached="merged",
+        merge_difference=difference,
+        merged_into=recipe.export.merge_into,
+        merged_steps=directory.read_status().get("trained_steps"),
     )
     return directory.merged

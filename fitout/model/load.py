@@ -261,6 +261,7 @@ def open_model(
     model = load_base(parts.base, dtype=dtype, packed=False, device=device, extra=extra, **source)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
+    model.fitout_held = method.held if method is not None else None  # for who says what it talks with
     return model.eval()
 
 

@@ -16,6 +16,8 @@ class Method:
     frozen_base = True  # the base stays as it is: it may be stored in the compute dtype, and merging means something
     unmergeable: str | None = None  # why what was trained cannot be folded into the plain architecture, when it cannot
 
+    held: str | None = None  # how the base is held while it is computed with, where that is not as it is stored
+
     def load_kwargs(self, dtype: torch.dtype) -> dict[str, Any]:
         """What `from_pretrained` is asked for besides the dtype the base is stored and computed in (quantisation)."""
         return {}
