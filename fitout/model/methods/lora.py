@@ -348,6 +348,8 @@ class Lora(Method):
         wanted: dict[str, nn.Parameter] = {}
         for name, layer in adapters(model).items():
             wanted.update({f"{PREFIX}{name}.{key}": parameter for key, parameter in layer.trained().items()})
+            if f"{PREFIX}{name}.base_layer.weight" in saved:  # PEFT adds an adapted head's own weight
+                wanted[f"{PREFIX}{name}.base_layer.weight"] = layer.base.weight
         wanted.update({PREFIX + n: p for n, p in self._whole_parameters(model, grown=False).items()})
         for name, module in embeddings(model).items():
             if f"{PREFIX}{name}.weight" in saved:
@@ -500,7 +502,7 @@ def settings_of(folder: Path) -> LowRankSettings:
         "alpha_pattern": _used(config.get("alpha_pattern"), names),
         "rslora": bool(config.get("use_rslora")),
         "init": BEGINNINGS[config.get("init_lora_weights", True)],
-        "train_also": config.get("modules_to_save") or [],
+        "train_also": _whole_of(config, names),
     }
     for variant in VARIANTS:
         settings = import_module(f".{variant}", __package__).settings_from(folder, config, common)
@@ -535,6 +537,18 @@ def _targets_of(config: dict[str, Any], names: list[str]) -> list[str]:
     if not isinstance(targets, list) or narrowed:
         return adapted
     return [target for target in targets if any(_named(name, [target]) for name in adapted)]
+
+
+def _whole_of(config: dict[str, Any], names: list[str]) -> list[str]:
+    """The modules trained whole. PEFT takes every module whose name ends in the letters given, also in mid-word
+    ("norm" in "input_layernorm"); where that found more than the names mean here, they are named in full."""
+    wanted = config.get("modules_to_save") or []
+    found = set()
+    for name in names:
+        parts = name.removeprefix(PREFIX).split(".")
+        starts = [".".join(parts[:n]) for n in range(1, len(parts))]
+        found.update([start for start in starts if start.endswith(tuple(wanted))][:1])
+    return list(wanted) if all(_named(module, wanted) for module in found) else sorted(found)
 
 
 def _used(patterns: dict[str, Any] | None, names: list[str]) -> dict[str, Any]:
