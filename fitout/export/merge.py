@@ -54,8 +54,7 @@ def merge_adapter(
         **source,
     )
     load_adapter(model, adapter)
-    if trained_over:
-        _compute_in_fp32(model)
+    method.in_fp32(model)
     probes = probe_ids(chat, model.config.get_text_config().vocab_size)
     trained = before = logits(model, probes)
     if method.plain() is not method and into == "original":
@@ -94,13 +93,6 @@ def merge_adapter(
 def _apart(some: torch.Tensor, others: torch.Tensor) -> float:
     """The largest difference over the largest size."""
     return float((some - others).abs().max() / others.abs().max())
-
-
-def _compute_in_fp32(model: Any) -> None:
-    """Whatever is not quantised becomes fp32, so that logits are compared without the rounding of 16-bit sums."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
 
 
 def stored_dtype(config: Any) -> torch.dtype:

@@ -258,7 +258,7 @@ def open_model(
     width = hidden_width(load_config(parts.base, **source))
     dtype = DTYPES[decide(precision, device, width=width).kind]
     extra = method.load_kwargs(dtype) if method is not None else None
-    model = load_base(parts.base, dtype=dtype, packed=False, device=device, extra=extra, **source)
+    model: Any = load_base(parts.base, dtype=dtype, packed=False, device=device, extra=extra, **source)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
     model.fitout_held = method.held if method is not None else None  # for who says what it talks with

@@ -32,6 +32,13 @@ class Method:
         trained over in other numbers (quantised)."""
         return self
 
+    def in_fp32(self, model: nn.Module) -> None:
+        """Has an applied model that was loaded in less compute in fp32, with the same weights to the last bit, so that
+        logits are compared without the rounding of 16-bit sums."""
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+
     def notes(self, model: nn.Module) -> list[str]:
         """What a user should know about this model with this method, one line each."""
         return []

@@ -349,7 +349,7 @@ class Lora(Method):
         for name, layer in adapters(model).items():
             wanted.update({f"{PREFIX}{name}.{key}": parameter for key, parameter in layer.trained().items()})
             if f"{PREFIX}{name}.base_layer.weight" in saved:  # PEFT adds an adapted head's own weight
-                wanted[f"{PREFIX}{name}.base_layer.weight"] = layer.base.weight
+                wanted[f"{PREFIX}{name}.base_layer.weight"] = layer.base.get_parameter("weight")
         wanted.update({PREFIX + n: p for n, p in self._whole_parameters(model, grown=False).items()})
         for name, module in embeddings(model).items():
             if f"{PREFIX}{name}.weight" in saved:

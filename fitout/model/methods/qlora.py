@@ -6,6 +6,7 @@ and never kept. The quantisation is written beside the adapter, so that what loa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..precision import best_device
 from . import DoraSettings, LoraSettings, LowRankSettings, QloraSettings
 from .base import Method
 from .dora import DoraLinear
-from .lora import Lora, LoraLinear
+from .lora import Lora, LoraLinear, adapters
 from .lora import create as create_plain
 
 RECORD = "quantisation.json"  # beside adapter_config.json, which has no place for it
@@ -49,7 +50,7 @@ class QloraLinear(_FourBit, LoraLinear):
     """LoRA over a weight in 4 bits."""
 
     def adapted(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW:
+        if not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW and computes_in(self.base, x.dtype):
             return self.dropped(x, x, a, b)
         return adapted_linear(x, self.dense, self.base.bias, a, b, self.scale)
 
@@ -60,6 +61,11 @@ class QdoraLinear(_FourBit, DoraLinear):
 
 def is_quantised(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and getattr(module.weight, "quant_state", None) is not None
+
+
+def computes_in(module: Any, dtype: torch.dtype) -> bool:
+    """Whether a 4-bit layer's own forward de-quantises as `dequantised` does and computes in `dtype`."""
+    return is_quantised(module) and module.weight.quant_state.dtype == dtype == module.compute_dtype
 
 
 class Qlora(Lora):
@@ -148,14 +154,24 @@ class Qlora(Lora):
         }
         write_json(folder / RECORD, record)
 
+    def in_fp32(self, model: Any) -> None:
+        adapted = {id(layer.base) for layer in adapters(model).values()}
+        _dequantise(model, lambda module: id(module) not in adapted)  # their own forward would compute as loaded
+        super().in_fp32(model)
+
     def merge(self, model: Any) -> None:
         """The 4-bit weights de-quantised, in fp32, with the adapter folded in: the model that was trained."""
-        for name, module in list(model.named_modules()):
-            if is_quantised(module):
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, _plain_layer(module))
+        _dequantise(model)
         model.hf_quantizer.remove_quantization_config(model)
         super().merge(model)
+
+
+def _dequantise(model: Any, which: Callable[[nn.Module], bool] = lambda module: True) -> None:
+    """Puts plain layers in fp32 in the place of 4-bit ones."""
+    for name, module in list(model.named_modules()):
+        if is_quantised(module) and which(module):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _plain_layer(module))
 
 
 def _plain_layer(module: Any) -> nn.Linear:
