@@ -285,12 +285,13 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
     from .model import methods
     from .model.fuse import fuse
     from .model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
-    from .model.methods.base import count, trainable
+    from .model.methods.base import count, raise_to_fp32, trainable
     from .model.precision import best_device, decide
     from .objectives import create
     from .train.backend import Backend
     from .train.listeners import make_listeners
     from .train.loop import Job, fit
+    from .train.optim import optimizer_notes
 
     chat = _open_chat(recipe)
     parts = resolve(recipe.model.base)
@@ -311,8 +312,6 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         kind = precision.kind
     kind = backend.agree(kind, tuple(DTYPES))
     method = methods.create(recipe.method)
-    stored_low = method.frozen_base and not chat.grown  # trained embeddings stay in fp32, as full weights do
-    backend.compute_in(kind, autocast=not stored_low)
 
     if backend.main:
         prepared, report = _prepare(recipe, directory, chat, screen)
@@ -334,7 +333,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
 
     model = load_base(
         parts.base,
-        dtype=DTYPES[kind] if stored_low else torch.float32,
+        dtype=DTYPES[kind] if method.frozen_base else torch.float32,
         packed=recipe.data.packing,
         device=device,
         extra=method.load_kwargs(DTYPES[kind]),
@@ -348,13 +347,19 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         _go_on_from(recipe, model, method)
     else:
         method.apply(model)
+    raised = raise_to_fp32(trainable(model))  # what is trained of the base itself stays in fp32
+    backend.compute_in(kind, autocast=raised or not method.frozen_base)
     _require_context(model, recipe, report)
     fuse(model)
 
     lr = recipe.train.lr or recipe.method.default_lr
     trained = count(trainable(model))
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole = method.size(model)
     screen.say(f"{recipe.method.kind}: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2f} %)")
+    if method.held:
+        screen.say(f"the base is held {method.held}; evaluation, chat and serving hold it so too")
+    for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
+        screen.say(note)
     _tell_sharing(batches, total, screen)
     job = Job(
         model=model,
@@ -539,6 +544,7 @@ def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool 
     from .data.prepare import test_conversations
     from .evaluate import report as pages
     from .evaluate.suite import evaluate
+    from .model.methods import saved_in
 
     if (
         directory.evaluation_report.exists()
@@ -548,6 +554,9 @@ def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool 
         screen.say("evaluation is complete already")
         return None
     conversations = test_conversations(directory)
+    held = saved_in(directory.adapter).held if directory.adapter.exists() else None
+    if held:
+        screen.say(f"base and tuned model answer with the base held {held}")
     result = evaluate(
         lambda: _base_engine(recipe, directory),
         lambda: _tuned_engine(recipe, directory),
@@ -580,7 +589,13 @@ def _base_engine(recipe: Recipe, directory: RunDir) -> Iterator[Engine]:
     trained = directory.adapter if directory.adapter.exists() else directory.model
     chat = open_chat(trained)
     precision = _inference_precision(directory)
-    model = open_model(recipe.model.base, adapter=recipe.model.adapter, precision=precision, **_source(recipe))
+    model = open_model(
+        recipe.model.base,
+        adapter=recipe.model.adapter,
+        precision=precision,
+        like=directory.adapter if directory.adapter.exists() else None,
+        **_source(recipe),
+    )
     grow_vocabulary(model, len(chat.tokenizer))
     yield Engine(model, chat)
 
@@ -631,12 +646,16 @@ def _merge(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = F
         (directory.merged / "config.json").exists()
         and not again
         and directory.read_status().get("merged_steps") == (directory.read_status().get("trained_steps"))
+        and directory.read_status().get("merged_into", recipe.export.merge_into) == recipe.export.merge_into
     ):
         screen.say("the merged model is there already")
         return directory.merged
-    difference = merge_run(directory, recipe)
+    difference = merge_run(directory, recipe, screen.say)
     screen.say(f"merged: largest difference of logits on probes {difference:.2g} ({directory.merged})")
     directory.update_status(
-        reached="merged", merge_difference=difference, merged_steps=directory.read_status().get("trained_steps")
+        reached="merged",
+        merge_difference=difference,
+        merged_into=recipe.export.merge_into,
+        merged_steps=directory.read_status().get("trained_steps"),
     )
     return directory.merged

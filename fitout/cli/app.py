@@ -134,6 +134,7 @@ def chat(
 
     with open_screen() as screen:
         engine = verbs.open_engine(model, adapter=adapter)
+        _tell_held(engine)
         code = talk(
             engine, system=system, max_new_tokens=max_new_tokens, temperature=temperature, console=screen.console
         )
@@ -160,7 +161,16 @@ def serve(
     check_settings(settings)
     from ..serve.app import serve as start
 
-    start(verbs.open_engine(model, adapter=adapter), settings, model_name=name or Path(model).name)
+    engine = verbs.open_engine(model, adapter=adapter)
+    _tell_held(engine)
+    start(engine, settings, model_name=name or Path(model).name)
+
+
+def _tell_held(engine: Any) -> None:
+    """Says on standard error when the base is computed with in other numbers than it is stored in."""
+    held = getattr(engine.model, "fitout_held", None)
+    if held:
+        typer.echo(f"the base is held {held}, as it was trained over", err=True)
 
 
 @app.command()

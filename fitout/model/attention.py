@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "fitout"
-WIDE_BACKWARD = 512  # tokens; up to here the CPU's backward is faster in fp32 than in bf16, casts included (96: 3 times)
+WIDE_BACKWARD = (
+    512  # tokens; up to here the CPU's backward is faster in fp32 than in bf16, casts included (96: 3 times)
+)
 
 
 def packed_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -249,3 +250,103 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     """What autocast would compute a product of `x` in; x's own dtype without autocast."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = m / n * (x W^T + s (x A^T) B^T) + b for a frozen W that `weigh` gives when it is needed, n a constant.
+
+    Keeps x and x A^T; with a magnitude m also the scaled output, which without a bias is y itself and costs nothing
+    where the next operation keeps it too. The gradient of m needs no second product, as sum(g * y) / m is
+    sum(g * (x V^T)) / n for the direction V.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weigh: Callable[[torch.dtype], Tensor],
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        magnitude: Tensor | None,
+        norm: Tensor | None,
+    ):
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ a.to(x.dtype).t()
+        out = F.linear(flat, weigh(x.dtype)).addmm_(low, b.to(x.dtype).t(), alpha=scale)
+        shape = (*x.shape[:-1], out.shape[-1])
+        scaled = None
+        if magnitude is not None and norm is not None:
+            scaled = out.mul_(magnitude / norm)
+        if bias is not None:
+            out = out + bias if scaled is not None else out.add_(bias)
+        out = out.view(shape)
+        ctx.save_for_backward(flat, low, a, b, magnitude, norm, out if bias is None and scaled is not None else scaled)
+        ctx.weigh, ctx.scale = weigh, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        flat, low, a, b, magnitude, norm, scaled = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_m = None
+        if magnitude is not None:
+            if ctx.needs_input_grad[6]:
+                per_row = torch.sum(grad * scaled.reshape(grad.shape), 0, dtype=torch.float32)
+                grad_m = torch.where(magnitude == 0, 0, per_row / magnitude).to(magnitude.dtype)
+            grad = (grad * (magnitude / norm)).to(grad.dtype)
+        a_c, b_c = a.to(grad.dtype), b.to(grad.dtype)
+        grad_low = (grad @ b_c).mul_(ctx.scale)
+        grad_b = (grad.t() @ low).mul_(ctx.scale).to(b.dtype) if ctx.needs_input_grad[4] else None
+        grad_a = (grad_low.t() @ flat).to(a.dtype) if ctx.needs_input_grad[3] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ ctx.weigh(grad.dtype)).addmm_(grad_low, a_c).view(*grads[0].shape[:-1], flat.shape[-1])
+        return grad_x, None, None, grad_a, grad_b, None, grad_m, None
+
+
+def adapted_linear(
+    x: Tensor,
+    weigh: Callable[[torch.dtype], Tensor],
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` over a weight that is made when it is needed (de-quantised, say), with DoRA's magnitudes if given
+    (Liu et al., arXiv 2402.09353, eq. 5, with the norm held constant as its section 4.3 proposes).
+
+    x (..., in), weigh(dtype) -> (out, in), called in the forward and again in the backward and kept by neither;
+    bias (out) or None, a (rank, in), b (out, rank), magnitude and norm (out) fp32; returns (..., out) in x's dtype.
+    """
+    dtype = _compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _AdaptedLinear.apply(x.to(dtype), weigh, bias, a, b, scale, magnitude, norm)
+
+
+TINY = 1e-30
+NORM_ROWS = 1024  # rows of a weight held in fp32 at once while its cross terms are formed
+
+
+@torch.no_grad()
+def adapted_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The 2-norm of every row of W + s B A, without forming it: |w|^2 + 2 s <w, (BA)> + s^2 |BA|^2.
+
+    weight (out, in) in any dtype, squares (out) the rows' |w|^2 in fp32, a (rank, in), b (out, rank); returns (out)
+    fp32, never zero: a row of zeros is divided by too.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        a, b = a.float(), b.float()
+        cross = torch.cat([rows.float() @ a.t() for rows in weight.split(NORM_ROWS)])
+        mixed = (b * (2 * scale * cross + scale**2 * (b @ (a @ a.t())))).sum(1)
+        return (squares + mixed).clamp_(min=TINY).sqrt_()
+
+
+@torch.no_grad()
+def row_squares(weight: Tensor) -> Tensor:
+    """The squared 2-norm of every row of a weight, (out) fp32."""
+    return torch.cat([rows.float().square().sum(1) for rows in weight.split(NORM_ROWS)])

@@ -26,6 +26,9 @@ class TrainSettings(BaseModel):
     micro_batch_tokens: int | Literal["auto"] = Field(
         "auto", description="tokens a forward; auto: 2048 on CPU, 16384 on a GPU, halved when memory runs out"
     )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="8bit: moments in 8 bits (bitsandbytes); paged: moved to main memory when a GPU's is full"
+    )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")

@@ -109,7 +109,7 @@ class _Run:
             self._restore(checkpoint)
         else:
             self.job.method.begin(self.job.model, self._gradients)
-            self.backend.same_everywhere(self.parameters.values())
+            self.backend.same_everywhere([*self.parameters.values(), *self.job.method.state(self.job.model).values()])
         for listener in self.listeners:
             listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
         if checkpoint or passed_over:

@@ -12,7 +12,7 @@ from fitout.config import build
 from fitout.files import read_json, read_jsonl
 from fitout.rundir import RunDir
 
-from .small import SHELL_RECIPE, call, losses
+from .small import SHELL_RECIPE, call, losses, write_shell_recipe
 
 
 def test_two_ranks_equal_one_process(tmp_path, whole_run):
@@ -31,6 +31,21 @@ def test_two_ranks_equal_one_process(tmp_path, whole_run):
     assert len(validation[0]) == 4 and validation[0] == pytest.approx(validation[1], abs=1e-5)
     first, second = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (one, two))
     assert first.keys() == second.keys() and len(first) == 2 * 7 * 6
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_two_ranks_equal_one_process_over_a_4_bit_base(tmp_path):
+    """DoRA over NF4, begun as a part of the weight, with a module trained whole: all that ranks must agree on."""
+    recipe = write_shell_recipe(tmp_path)
+    settings = ["--set", "method={kind: qlora, dora: true, init: olora, rank: 4, alpha: 8, train_also: [lm_head]}"]
+    settings += ["--set", "train.max_steps=6", "--set", "train.evaluate_every=100"]
+    for ranks in (1, 2):
+        call("train", recipe, "--out", tmp_path / str(ranks), *settings, ranks=ranks)
+    want, got = (losses(tmp_path / ranks / "log.jsonl") for ranks in "12")
+    assert len(want) == 6 and [x for _, x in got] == pytest.approx([x for _, x in want], abs=1e-5)
+    first, second = (load_file(tmp_path / ranks / "adapter" / "adapter_model.safetensors") for ranks in "12")
+    assert first.keys() == second.keys() and len(first) == 3 * 7 * 6 + 2
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-5, msg=name)
 

@@ -19,6 +19,7 @@ from fitout.model.methods import LoraSettings
 from tests.conftest import tiny_llama
 
 from .small import (
+    LOW_RANK,
     adapted,
     call,
     command,
@@ -32,6 +33,8 @@ from .small import (
 )
 
 TOTAL = 14
+KINDS = {**LOW_RANK, "8 bit": LoraSettings(rank=128), "paged": LoraSettings(rank=128)}  # wide enough for 8-bit moments
+OPTIMIZERS = {"8 bit": "adamw_8bit", "paged": "paged_adamw_8bit"}
 
 
 class AtStep:
@@ -64,7 +67,12 @@ def terminate():
 
 
 def make_job(folder, kind, **more):
-    model = tiny_llama(dropout=0.1) if kind == "full" else adapted(LoraSettings(rank=4, alpha=8, dropout=0.1))[0]
+    if kind == "full":
+        model, method = tiny_llama(dropout=0.1), None
+    else:
+        model, method = adapted(KINDS[kind].model_copy(update={"dropout": 0.1}))
+    if kind in OPTIMIZERS:
+        more = {"optimizer": OPTIMIZERS[kind], **more}
     settings = {"save_every": 4, "evaluate_every": 3, "schedule": "cosine", "warmup": 3, "weight_decay": 0.01}
     return job_of(
         folder,
@@ -73,6 +81,7 @@ def make_job(folder, kind, **more):
         total=TOTAL,
         lr=3e-3,
         validation=random_part(folder, 6, seed=9, name="validation"),
+        method=method,
         **{**settings, **more},
     )
 
@@ -89,8 +98,9 @@ def assert_same(got, want):
     assert all(torch.equal(got[2][name], want[2][name]) for name in want[2])
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize(
+    ("kind", "keep"), [("lora", "best"), ("full", "best"), ("full", "last"), *((kind, "last") for kind in KINDS)]
+)
 def test_stopped_or_crashed_and_resumed_equals_uninterrupted(tmp_path, kind, keep):
     job = make_job(tmp_path / "whole", kind, keep=keep)
     want = outcome(job, train(job))

@@ -7,11 +7,12 @@ MethodSettings; when it saves an adapter, the `peft_type` of its adapter_config.
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...errors import ModelError
 from ...files import read_json
@@ -32,30 +33,73 @@ class FullSettings(BaseModel):
         return 2e-5
 
 
-class LoraSettings(BaseModel):
-    """Low-rank adapters on linear layers (Hu et al., arXiv 2106.09685), in PEFT's names and files."""
+class LowRankSettings(BaseModel):
+    """What LoRA and its kin have in common: which layers, how wide, how scaled, how begun."""
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["lora"] = "lora"
     rank: int = Field(8, ge=1, description="width of the low-rank path")
     alpha: float = Field(32, gt=0, description="the path is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the low-rank path's input")
     targets: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="names of linear layers to adapt (q_proj, v_proj, ...), or all but the head"
     )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="other ranks for layers whose name ends in a pattern (regular expression, first match)"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="other alphas, in the same way")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    lr_ratio: float = Field(1, gt=0, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354)")
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
+        "default", description="how A and B begin; pissa (arXiv 2404.02948) and olora (2406.01775) take them from W"
+    )
+    train_also: list[str] = Field(
+        [], description="whole modules trained and saved besides, by name (embed_tokens, lm_head, norm, ...)"
+    )
 
     @property
     def default_lr(self) -> float:
         return 2e-4
 
+    @model_validator(mode="after")
+    def _patterns_and_ranks_make_sense(self) -> Self:
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+        if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
+            raise ValueError("init: orthogonal needs even ranks")
+        return self
 
-METHODS = (FullSettings, LoraSettings)
-MethodSettings = Annotated[FullSettings | LoraSettings, Field(discriminator="kind")]
+
+class LoraSettings(LowRankSettings):
+    """Low-rank adapters on linear layers (Hu et al., arXiv 2106.09685), in PEFT's names and files."""
+
+    kind: Literal["lora"] = "lora"
+
+
+class DoraSettings(LowRankSettings):
+    """Weight-decomposed low-rank adapters (Liu et al., arXiv 2402.09353), in PEFT's names and files."""
+
+    kind: Literal["dora"] = "dora"
+
+
+class QloraSettings(LowRankSettings):
+    """Low-rank adapters over a base held in 4 bits (Dettmers et al., arXiv 2305.14314), by bitsandbytes."""
+
+    kind: Literal["qlora"] = "qlora"
+    quant: Literal["nf4", "fp4"] = Field("nf4", description="the 16 values that weights are rounded to")
+    double_quant: bool = Field(True, description="quantise the scales of the blocks too: 0.4 bits a weight less")
+    dora: bool = Field(False, description="with DoRA's magnitudes")
+
+
+METHODS = (FullSettings, LoraSettings, DoraSettings, QloraSettings)
+MethodSettings = Annotated[FullSettings | LoraSettings | DoraSettings | QloraSettings, Field(discriminator="kind")]
 SAVED = {"LORA": "lora"}  # peft_type of a saved adapter -> the file that reads it
 
 
-def create(settings: FullSettings | LoraSettings) -> Method:
+def create(settings: FullSettings | LoraSettings | DoraSettings | QloraSettings) -> Method:
     """The method that `settings` asks for."""
     return import_module(f".{settings.kind}", __name__).create(settings)
 

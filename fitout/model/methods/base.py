@@ -16,9 +16,36 @@ class Method:
     frozen_base = True  # the base stays as it is: it may be stored in the compute dtype, and merging means something
     unmergeable: str | None = None  # why what was trained cannot be folded into the plain architecture, when it cannot
 
+    held: str | None = None  # how the base is held while it is computed with, where that is not as it is stored
+
     def load_kwargs(self, dtype: torch.dtype) -> dict[str, Any]:
         """What `from_pretrained` is asked for besides the dtype the base is stored and computed in (quantisation)."""
         return {}
+
+    def trained_in(self, folder: Path) -> str | None:
+        """The precision the base must be loaded in to be the one that the adapter in `folder` was trained over; None
+        where any is as good."""
+        return None
+
+    def plain(self) -> Method:
+        """The method that puts the same adapter over the base as it is stored; another one only where the base was
+        trained over in other numbers (quantised)."""
+        return self
+
+    def in_fp32(self, model: nn.Module) -> None:
+        """Has an applied model that was loaded in less compute in fp32, with the same weights to the last bit, so that
+        logits are compared without the rounding of 16-bit sums."""
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """What a user should know about this model with this method, one line each."""
+        return []
+
+    def size(self, model: nn.Module) -> int:
+        """How many parameters the model has."""
+        return sum(parameter.numel() for parameter in model.parameters())
 
     def apply(self, model: nn.Module) -> None:
         """Makes the model trainable as the method wants; what is trained has requires_grad, all else has not."""
@@ -62,6 +89,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def count(parameters: dict[str, nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters.values())
+
+
+def raise_to_fp32(parameters: dict[str, nn.Parameter]) -> bool:
+    """Gives trained weights that are stored in less than fp32 fp32 masters, in place; whether there were any."""
+    low = [parameter for parameter in parameters.values() if parameter.dtype != torch.float32]
+    for parameter in low:
+        parameter.data = parameter.data.float()
+    return bool(low)
 
 
 def copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
