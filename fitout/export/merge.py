@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..chat.render import SAMPLE, Chat, open_chat
-from ..errors import CheckError
+from ..errors import CheckError, RequestError
 from ..files import read_json, staged_folder
 from ..model.load import load_adapter, load_base, load_config, resolve, save_model
+from ..model.methods import saved_in
 from .write import save_chat, set_stop_ids, write_card
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ def merge_adapter(
     """Writes base + adapter as a plain model folder in the base's own dtype; returns the largest relative difference of
     logits on probes between adapter and merged model.
 
-    Raises CheckError, and leaves nothing behind, when the difference is more than rounding.
+    Raises CheckError, and leaves nothing behind, when the difference is more than rounding; RequestError for an adapter
+    that cannot be merged.
     """
+    method = saved_in(adapter)
+    if method.unmergeable:
+        raise RequestError(f"this adapter cannot be merged: {method.unmergeable}", where=str(adapter))
     source: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     dtype = stored_dtype(load_config(base, **source))
     chat = open_chat(adapter)
