@@ -15,7 +15,7 @@ from fitout.data.batches import Batches
 from fitout.data.store import Part, write_part
 from fitout.files import read_jsonl
 from fitout.model import methods
-from fitout.model.methods import LoraSettings
+from fitout.model.methods import AdapterSettings, FullSettings, LoraSettings, SparseSettings
 from fitout.objectives import SftSettings, create
 from fitout.rundir import RunDir
 from fitout.train import TrainSettings
@@ -25,6 +25,15 @@ from fitout.train.loop import Job, Progress, fit
 from tests.conftest import random_samples, tiny_llama
 
 CPU = torch.device("cpu")
+METHODS_UNDER_TEST = {  # resumed = uninterrupted, packed = unpacked, accumulated = one batch, two ranks = one: for each
+    "full": FullSettings(),
+    "last layer": FullSettings(last_layers=1, freeze=["*norm*"]),
+    "lora": LoraSettings(rank=4, alpha=8, dropout=0.1),
+    "adapter": AdapterSettings(style="houlsby", reduction=4, activation="gelu"),
+    "parallel": AdapterSettings(style="parallel", reduction=8, scale=2.0),
+    "sparse": SparseSettings(density=0.02, select="gradient", redraw_every=3),
+    "sparse random": SparseSettings(density=0.05, select="random", redraw_every=4, targets=["q_proj", "down_proj"]),
+}
 SHELL_RECIPE = """\
 name: small
 model: {base: "embedded:shell"}
@@ -56,14 +65,14 @@ def random_part(folder: Path, count: int, *, seed: int = 0, name: str = "train",
     return part_of(folder, *random_samples(count, seed=seed, **how), name=name)
 
 
-def adapted(settings: LoraSettings, *, seed: int = 5):
-    """A tiny model with adapters; B is random too, so that gradients reach A from the first step."""
-    model = tiny_llama()
+def adapted(settings: methods.MethodSettings, *, seed: int = 5, **model_kwargs):
+    """A tiny model with its method; what adapters begin with as zero is random, so that all gradients are there."""
+    model = tiny_llama(**model_kwargs)
     torch.manual_seed(seed)
     method = methods.create(settings)
     method.apply(model)
     for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
+        if parameter.requires_grad and name.endswith(("lora_B", "adapter.up.weight")):
             torch.nn.init.normal_(parameter, std=0.02)
     return model, method
 

@@ -181,7 +181,7 @@ class Sparse(Method):
             layer.place(state[f"{name}.flat"].to(layer.flat.device))
 
     def save(self, model: Any, folder: Path, *, base: str, revision: str | None = None) -> None:
-        """Per layer `NAME.indices` (places in the row-major weight, ascending) and `NAME.values` (added there, fp32)."""
+        """Per layer `NAME.indices` (ascending places in the row-major weight) and `NAME.values` (added, fp32)."""
         write_tensors(folder / "adapter_model.safetensors", self._tensors(model))
         config = {
             "peft_type": "SPARSE",
