@@ -130,6 +130,14 @@ def merge(directory: RunDir, *, screen: Screen | None = None) -> Path:
     """The adapter folded into the base, in merged/; refused when the logits change."""
     recipe = recipe_of(directory)
     screen = screen or Screen()
+    reason = _unmergeable(recipe)
+    if reason:
+        raise RequestError(
+            f"what {recipe.method.kind} trained cannot be merged: {reason}",
+            where=str(directory.path),
+            harm="A plain model folder would be another model.",
+            hint=f"Use base and adapter: fitout chat {directory.path}, fitout serve {directory.path}.",
+        )
     with _working(directory, recipe, screen):
         return _merge(recipe, directory, screen, again=True)
 
@@ -639,6 +647,11 @@ def _data_counts(report: dict[str, Any]) -> dict[str, Any]:
 def _merge(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = False) -> Path:
     from .export.merge import merge_run
 
+    reason = _unmergeable(recipe)
+    if reason:
+        screen.say(f"not merged: {reason}; the adapter is in {directory.adapter}, over {_base_name(recipe)}")
+        directory.update_status(not_merged=reason)
+        return directory.adapter
     if not directory.adapter.exists():
         screen.say("nothing to merge: the method trained the model itself, it is in model/")
         return directory.model
@@ -659,3 +672,10 @@ def _merge(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = F
         merged_steps=directory.read_status().get("trained_steps"),
     )
     return directory.merged
+
+
+def _unmergeable(recipe: Recipe) -> str | None:
+    """Why what the recipe's method trains cannot be folded into the base, when it cannot."""
+    from .model import methods
+
+    return methods.create(recipe.method).unmergeable

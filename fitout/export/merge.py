@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..chat.render import SAMPLE, Chat, open_chat
-from ..errors import CheckError
+from ..errors import CheckError, RequestError
 from ..files import read_json, staged_folder
 from ..model.load import DTYPES, load_adapter, load_base, load_config, resolve, save_model
 from ..model.methods import saved_in
@@ -39,8 +39,12 @@ def merge_adapter(
 
     An adapter over a quantised base goes into that base's de-quantised weights, or `into` the "original": another base,
     so that the difference to what was trained is more than rounding; it is returned, said and written into the card.
-    Raises CheckError, and leaves nothing behind, when merging itself changes the logits by more than rounding.
+    Raises CheckError, and leaves nothing behind, when merging itself changes the logits by more than rounding;
+    RequestError for an adapter that cannot be merged.
     """
+    method = saved_in(adapter)
+    if method.unmergeable:
+        raise RequestError(f"this adapter cannot be merged: {method.unmergeable}", where=str(adapter))
     source: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     dtype = stored_dtype(load_config(base, **source))
     chat = open_chat(adapter)

@@ -246,6 +246,45 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
 
 
+class _SparseLinear(torch.autograd.Function):
+    """y = x W^T + b, with a gradient for the entries of W at `rows`, `columns` only, as a vector."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, starts: Tensor, flat: Tensor):
+        ctx.save_for_backward(x.reshape(-1, x.shape[-1]), weight, starts, flat)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        x, weight, starts, flat = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_x = (grad @ weight).view(*grads[0].shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
+        if grad.dtype == torch.float32 and grad.device.type == "cpu":  # only the entries: 2 to 20 times faster here
+            columns = flat % weight.shape[1]
+            zero = torch.zeros(len(flat), dtype=grad.dtype)
+            pattern = torch.sparse_csr_tensor(starts, columns, zero, weight.shape, check_invariants=False)
+            grad_values = torch.sparse.sampled_addmm(pattern, grad.t().contiguous(), x, beta=0.0).values()
+        else:
+            grad_values = (grad.t() @ x).view(-1)[flat].float()
+        return grad_x, None, None, grad_values, None, None
+
+
+def sparse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, starts: Tensor, flat: Tensor
+) -> Tensor:
+    """Linear layer whose weight holds trained entries; the gradient goes to `values` (n, fp32), none to the weight.
+
+    x (..., in), weight (out, in) with `values` in it already, bias (out) or None; `flat` (n) the entries' places in the
+    flattened weight, ascending, `starts` (out + 1) where each row's begin among them. Returns (..., out) in x's dtype.
+    Backward holds at most one product of size (out, in), and in fp32 on CPU none.
+    """
+    dtype = _compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _SparseLinear.apply(x, weight, bias, values, starts, flat)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """What autocast would compute a product of `x` in; x's own dtype without autocast."""
     kind = x.device.type

@@ -224,7 +224,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, method: Any = None) -> An
     ends = tuple(f".{name}.weight" for name in embeddings(model))
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            if name.endswith(ends):  # embeddings that were trained for added tokens
+            if f".{name}".endswith(ends):  # embeddings that were trained for added tokens
                 grow_vocabulary(model, file.get_slice(name).get_shape()[0])
     method.apply(model)
     method.load(model, folder)

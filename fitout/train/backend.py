@@ -106,7 +106,7 @@ class Backend:
         return self.sum(float(flag))[0] > 0
 
     def same_everywhere(self, tensors: Iterable[Tensor]) -> None:
-        """Gives every rank the main one's initial values."""
+        """Gives every rank the main one's values, in place."""
         if self.ranks > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.data, 0)

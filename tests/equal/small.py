@@ -20,7 +20,15 @@ from fitout.data.store import Part, write_part
 from fitout.files import read_jsonl
 from fitout.model import methods
 from fitout.model.load import load_base
-from fitout.model.methods import DoraSettings, LoraSettings, LowRankSettings, QloraSettings
+from fitout.model.methods import (
+    AdapterSettings,
+    DoraSettings,
+    FullSettings,
+    LoraSettings,
+    LowRankSettings,
+    QloraSettings,
+    SparseSettings,
+)
 from fitout.objectives import SftSettings, create
 from fitout.rundir import RunDir
 from fitout.train import TrainSettings
@@ -41,6 +49,16 @@ LOW_RANK: dict[str, LowRankSettings] = {
     "qlora": QloraSettings(rank=4, alpha=8),
     "qdora": QloraSettings(rank=4, alpha=8, quant="fp4", double_quant=False, dora=True, init="olora"),
 }  # fmt: skip
+METHODS_UNDER_TEST: dict[str, methods.AnySettings] = {
+    # resumed = uninterrupted, packed = unpacked, accumulated = one batch, two ranks = one: for each
+    **LOW_RANK,
+    "full": FullSettings(),
+    "last layer": FullSettings(last_layers=1, freeze=["*norm*"]),
+    "adapter": AdapterSettings(style="houlsby", reduction=4, activation="gelu"),
+    "parallel": AdapterSettings(style="parallel", reduction=8, scale=2.0),
+    "sparse": SparseSettings(density=0.02, select="gradient", redraw_every=3),
+    "sparse random": SparseSettings(density=0.05, select="random", redraw_every=4, targets=["q_proj", "down_proj"]),
+}
 SHELL_RECIPE = """\
 name: small
 model: {base: "embedded:shell"}
@@ -81,16 +99,20 @@ def tiny_base() -> str:
     return folder
 
 
-def adapted(settings: LowRankSettings, *, seed: int = 5, base: str | None = None, packed: bool = True):
-    """A tiny model with adapters; B is random too, so that gradients reach A from the first step."""
+def adapted(settings, *, seed: int = 5, base: str | None = None, packed: bool = True, **model_kwargs):
+    """A tiny model with its method; what adapters begin with as zero is random, so that all gradients are there."""
     method = methods.create(settings)
-    model = load_base(base or tiny_base(), packed=packed, extra=method.load_kwargs(torch.float32))
+    if model_kwargs:
+        model = tiny_llama(packed=packed, **model_kwargs)
+    else:
+        model = load_base(base or tiny_base(), packed=packed, extra=method.load_kwargs(torch.float32))
     torch.manual_seed(seed)
     method.apply(model)
-    method.begin(model, lambda: None)
+    if isinstance(settings, LowRankSettings):
+        method.begin(model, iter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
+            if parameter.requires_grad and name.endswith(("lora_B", "adapter.up.weight")):
                 parameter.add_(0.02 * torch.randn_like(parameter))
             if name.endswith("magnitude_vector"):
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))

@@ -13,7 +13,18 @@ from fitout.train.backend import Backend
 from fitout.train.step import train_step
 from tests.conftest import random_samples, tiny_llama
 
-from .small import CPU, LOW_RANK, adapted, job_of, losses, part_of, random_part, train, trained_tensors
+from .small import (
+    CPU,
+    LOW_RANK,
+    METHODS_UNDER_TEST,
+    adapted,
+    job_of,
+    losses,
+    part_of,
+    random_part,
+    train,
+    trained_tensors,
+)
 
 
 def one_step(part, *, budget: int, packing: bool = True, clip: float | None = 0.5, kind: str = "full"):
@@ -78,13 +89,14 @@ def test_mean_is_over_tokens_not_over_micro_batches(tmp_path):
         assert one_step(part, budget=budget)[0].loss == pytest.approx(float(want), abs=1e-6)
 
 
-def test_whole_trainings_are_equal(tmp_path):
-    """12 steps of AdamW: packed in one, packed in small micro-batches, unpacked."""
+@pytest.mark.parametrize("kind", METHODS_UNDER_TEST)
+def test_whole_trainings_are_equal(tmp_path, kind):
+    """12 steps of AdamW: packed in one (prefixes shared), packed in small micro-batches, unpacked."""
     ran = []
     for name, settings in (("one", {}), ("small", {"micro_batch_tokens": 48}), ("off", {"packing": False})):
-        model = tiny_llama()
-        part = random_part(tmp_path / name, 20)
-        job = job_of(tmp_path / name, model, part, total=12, **settings)
+        model, method = adapted(METHODS_UNDER_TEST[kind])
+        part = random_part(tmp_path / name, 20, prefix=12)
+        job = job_of(tmp_path / name, model, part, total=12, method=method, **settings)
         train(job)
         ran.append((losses(job.run.log), trained_tensors(model)))
     for log, weights in ran[1:]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
@@ -12,7 +15,8 @@ from fitout.config import build
 from fitout.files import read_json, read_jsonl
 from fitout.rundir import RunDir
 
-from .small import SHELL_RECIPE, call, losses, write_shell_recipe
+from .ranks_worker import outcome
+from .small import METHODS_UNDER_TEST, SHELL_RECIPE, call, environment, losses, write_shell_recipe
 
 
 def test_two_ranks_equal_one_process(tmp_path, whole_run):
@@ -58,3 +62,20 @@ def test_a_later_rank_is_not_refused_by_the_first_ones_directory(tmp_path, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(verbs, "_train", lambda *_, **__: None)
     verbs.train(build(yaml.safe_load(SHELL_RECIPE)), out=tmp_path / "run")
+
+
+def test_every_method_trains_on_two_ranks_as_on_one(tmp_path):
+    """Trained tensors and, where entries are chosen, the choice: the same on both ranks, and in one process."""
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *arguments, "-m", "tests.equal.ranks_worker", str(tmp_path)],
+        env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in METHODS_UNDER_TEST:
+        first, second = (load_file(tmp_path / f"{kind}-{rank}.safetensors") for rank in (0, 1))
+        want = outcome(tmp_path / "one" / kind, kind)
+        assert first.keys() == second.keys() == want.keys()
+        for name, tensor in want.items():
+            assert torch.equal(first[name], second[name]), (kind, name)
+            torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5, msg=f"{kind}: {name}")

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from fitout.errors import CheckError, Stopped
 from fitout.files import read_json, read_jsonl
 from fitout.model.methods import LoraSettings
-from tests.conftest import tiny_llama
 
 from .small import (
-    LOW_RANK,
+    METHODS_UNDER_TEST,
     adapted,
     call,
     command,
@@ -33,7 +32,11 @@ from .small import (
 )
 
 TOTAL = 14
-KINDS = {**LOW_RANK, "8 bit": LoraSettings(rank=128), "paged": LoraSettings(rank=128)}  # wide enough for 8-bit moments
+KINDS = {
+    **METHODS_UNDER_TEST,
+    "8 bit": LoraSettings(rank=128),
+    "paged": LoraSettings(rank=128),
+}  # wide enough for 8-bit moments
 OPTIMIZERS = {"8 bit": "adamw_8bit", "paged": "paged_adamw_8bit"}
 
 
@@ -67,10 +70,10 @@ def terminate():
 
 
 def make_job(folder, kind, **more):
-    if kind == "full":
-        model, method = tiny_llama(dropout=0.1), None
-    else:
-        model, method = adapted(KINDS[kind].model_copy(update={"dropout": 0.1}))
+    settings = KINDS[kind]
+    if "dropout" in type(settings).model_fields:
+        settings = settings.model_copy(update={"dropout": 0.1})
+    model, method = adapted(settings, **({"dropout": 0.1} if kind == "full" else {}))
     if kind in OPTIMIZERS:
         more = {"optimizer": OPTIMIZERS[kind], **more}
     settings = {"save_every": 4, "evaluate_every": 3, "schedule": "cosine", "warmup": 3, "weight_decay": 0.01}
@@ -80,15 +83,15 @@ def make_job(folder, kind, **more):
         random_part(folder, 26),
         total=TOTAL,
         lr=3e-3,
-        validation=random_part(folder, 6, seed=9, name="validation"),
         method=method,
+        validation=random_part(folder, 6, seed=9, name="validation"),
         **{**settings, **more},
     )
 
 
 def outcome(job, progress):
     told = {k: v for k, v in vars(progress).items() if k != "seconds"}
-    return losses(job.run.log), told, trained_tensors(job.model)
+    return losses(job.run.log), told, trained_tensors(job.model) | job.method.state(job.model)
 
 
 def assert_same(got, want):
@@ -99,7 +102,7 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize(
-    ("kind", "keep"), [("lora", "best"), ("full", "best"), ("full", "last"), *((kind, "last") for kind in KINDS)]
+    ("kind", "keep"), [*((kind, "best") for kind in ("lora", "full", "sparse")), *((kind, "last") for kind in KINDS)]
 )
 def test_stopped_or_crashed_and_resumed_equals_uninterrupted(tmp_path, kind, keep):
     job = make_job(tmp_path / "whole", kind, keep=keep)

@@ -22,11 +22,20 @@ if TYPE_CHECKING:
 
 
 class FullSettings(BaseModel):
-    """Every weight is trained."""
+    """Every weight is trained, or all but a part that is named."""
 
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["full"] = "full"
+    freeze: list[str] = Field(
+        [], description="name patterns (model.embed_tokens, *.mlp.*) of parameters or modules that stay fixed"
+    )
+    last_layers: int | None = Field(
+        None,
+        ge=1,
+        description="train only the last N decoder layers and what follows them; a head tied to the input embedding "
+        "stays fixed with it",
+    )
 
     @property
     def default_lr(self) -> float:
@@ -94,12 +103,67 @@ class QloraSettings(LowRankSettings):
     dora: bool = Field(False, description="with DoRA's magnitudes")
 
 
-METHODS = (FullSettings, LoraSettings, DoraSettings, QloraSettings)
-MethodSettings = Annotated[FullSettings | LoraSettings | DoraSettings | QloraSettings, Field(discriminator="kind")]
-SAVED = {"LORA": "lora"}  # peft_type of a saved adapter -> the file that reads it
+class AdapterSettings(BaseModel):
+    """Bottleneck adapters: small trained networks inside each decoder layer; nonlinear, so they cannot be merged.
+
+    houlsby: after attention and after feed-forward (arXiv 1902.00751); pfeiffer: after feed-forward (arXiv 2005.00247);
+    parallel: beside feed-forward, scaled (arXiv 2110.04366).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["adapter"] = "adapter"
+    style: Literal["houlsby", "pfeiffer", "parallel"] = Field("pfeiffer", description="where the networks sit")
+    reduction: float = Field(16, ge=1, description="their width is the model's hidden size divided by this")
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    scale: float = Field(1.0, gt=0, description="factor on what a parallel adapter adds; the other styles have none")
+
+    @property
+    def default_lr(self) -> float:
+        return 1e-3
+
+    @model_validator(mode="after")
+    def _scale_has_a_place(self) -> Self:
+        if self.scale != 1.0 and self.style != "parallel":
+            raise ValueError("scale belongs to style: parallel")
+        return self
 
 
-def create(settings: FullSettings | LoraSettings | DoraSettings | QloraSettings) -> Method:
+class SparseSettings(BaseModel):
+    """A small share of the base's own entries is trained; the rest stays as it is. Merges exactly."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["sparse"] = "sparse"
+    density: float = Field(0.01, ge=0.001, le=0.05, description="share of each layer's entries that is trained")
+    select: Literal["magnitude", "gradient", "random"] = Field(
+        "gradient",
+        description="which: the largest, those with the largest squared gradients (Fisher) on the first steps' "
+        "samples, or drawn by the seed",
+    )
+    redraw_every: int | None = Field(
+        None, ge=1, description="steps after which entries that moved least give way to others (arXiv 2401.16405)"
+    )
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="names of linear layers (q_proj, v_proj, ...), or all but the head"
+    )
+
+    @property
+    def default_lr(self) -> float:
+        return 2e-4
+
+
+METHODS = (FullSettings, LoraSettings, DoraSettings, QloraSettings, AdapterSettings, SparseSettings)
+AnySettings = FullSettings | LoraSettings | DoraSettings | QloraSettings | AdapterSettings | SparseSettings
+MethodSettings = Annotated[AnySettings, Field(discriminator="kind")]
+SAVED = {  # peft_type of a saved adapter -> the file that reads it; PEFT has no types for the last two, they are ours
+    "LORA": "lora",
+    "BOTTLENECK": "adapter",
+    "SPARSE": "sparse",
+}
+
+
+def create(settings: AnySettings) -> Method:
     """The method that `settings` asks for."""
     return import_module(f".{settings.kind}", __name__).create(settings)
 

@@ -8,7 +8,7 @@ With it: scaling by alpha / sqrt(rank) (rsLoRA, Kalajdzievski, arXiv 2312.03732)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -257,7 +257,7 @@ class Lora(Method):
             return {}
         return {f"{name}.lora_B": self.settings.lr_ratio for name in adapters(model)}
 
-    def begin(self, model: nn.Module, gradients: Callable[[], None]) -> None:
+    def begin(self, model: nn.Module, gradients: Callable[[], Iterator[None]]) -> None:
         if self.settings.init in DECOMPOSED and not self.state(model):
             self._decompose(model)
 
