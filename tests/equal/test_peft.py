@@ -433,3 +433,19 @@ def test_the_4_bit_base_is_recorded(tmp_path):
     assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) > {
         "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
     }
+
+
+def test_an_evaluation_leaves_the_4_bit_weights_as_they_are():
+    """Layers without an adapter too: bitsandbytes would repack them on a CPU, and training would lose its gradients."""
+    model, _ = adapted(QloraSettings(rank=4, alpha=8, targets=["q_proj"]))
+
+    def gradients():
+        model.zero_grad()
+        loss = model.train()(input_ids=IDS, use_cache=False).logits.square().sum()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    logits_of(model)
+    after = gradients()
+    assert all(torch.equal(after[name], tensor) and tensor.any() for name, tensor in before.items())

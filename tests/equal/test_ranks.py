@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fitout import verbs
-from fitout.config import build
+from fitout.config import build, load
 from fitout.files import read_json, read_jsonl
 from fitout.rundir import RunDir
 
@@ -42,10 +42,10 @@ def test_two_ranks_equal_one_process(tmp_path, whole_run):
 def test_two_ranks_equal_one_process_over_a_4_bit_base(tmp_path):
     """DoRA over NF4, begun as a part of the weight, with a module trained whole: all that ranks must agree on."""
     recipe = write_shell_recipe(tmp_path)
-    settings = ["--set", "method={kind: qlora, dora: true, init: olora, rank: 4, alpha: 8, train_also: [lm_head]}"]
-    settings += ["--set", "train.max_steps=6", "--set", "train.evaluate_every=100"]
-    for ranks in (1, 2):
-        call("train", recipe, "--out", tmp_path / str(ranks), *settings, ranks=ranks)
+    changes = ["method={kind: qlora, dora: true, init: olora, rank: 4, alpha: 8, train_also: [lm_head]}"]
+    changes += ["train.max_steps=6", "train.evaluate_every=100"]
+    verbs.train(load(recipe, changes), out=tmp_path / "1")
+    call("train", recipe, "--out", tmp_path / "2", *(x for change in changes for x in ("--set", change)), ranks=2)
     want, got = (losses(tmp_path / ranks / "log.jsonl") for ranks in "12")
     assert len(want) == 6 and [x for _, x in got] == pytest.approx([x for _, x in want], abs=1e-5)
     first, second = (load_file(tmp_path / ranks / "adapter" / "adapter_model.safetensors") for ranks in "12")
