@@ -24,7 +24,7 @@ def apply(settings, **model_kwargs):
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [
-        ({"freeze": ["model.layers.0", "model.embed_tokens", "*norm*"]}, ["layers.1.self_attn", "layers.1.mlp", "lm_head"]),
+        ({"freeze": ["model.layers.0", "*embed*", "*norm*"]}, ["layers.1.self_attn", "layers.1.mlp", "lm_head"]),
         ({"freeze": ["*.self_attn.*", "lm_head.weight"]}, ["embed", "mlp", "norm"]),
         ({"last_layers": 1}, ["model.layers.1.", "model.norm.", "lm_head."]),
         ({"last_layers": 2}, ["model.layers.", "model.norm.", "lm_head."]),
