@@ -157,6 +157,26 @@ def test_sparse_trains_as_dense_gradients_under_a_mask(tmp_path, select):
     assert all(p.grad is None for n, p in model.named_parameters() if not n.endswith("values"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sparse_layers_gradients(dtype):
+    """Against autograd through the dense weight; AdamW and clipping would hide a wrong factor."""
+    torch.manual_seed(0)
+    base = nn.Linear(24, 40, dtype=dtype).requires_grad_(False)
+    layer = sparse.SparseLinear(base, 0.05)
+    layer.place(torch.randperm(960)[:48].sort().values)
+    nn.init.normal_(layer.values)
+    x, slope = torch.randn(2, 9, 24, dtype=dtype, requires_grad=True), torch.randn(2, 9, 40, dtype=dtype)
+    out = layer(x)
+    out.backward(slope)
+    weight, seen = base.weight.detach().clone().requires_grad_(True), x.detach().clone().requires_grad_(True)
+    want = F.linear(seen, weight, base.bias)
+    want.backward(slope)
+    assert torch.equal(out, want) and torch.equal(x.grad, seen.grad) and layer.values.grad.dtype == torch.float32
+    entries = weight.grad.flatten()[layer.flat.long()].float()
+    torch.testing.assert_close(layer.values.grad, entries, rtol=1e-5, atol=1e-5)
+    assert base.weight.grad is None
+
+
 @pytest.mark.parametrize("select", ["magnitude", "gradient", "random"])
 def test_a_redraw_by_hand(select):
     """One layer of 2048 entries, 102 of them trained: after step 10 of 50, 0.2 * 0.8 * 102, so 16 of them move."""

@@ -11,6 +11,7 @@ passes through the rounding as if it were not there.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,8 @@ from ..fused import sparse_linear
 from ..load import write_tensors
 from . import SparseSettings
 from .base import Gradients, Method, fill, freeze_base, linear_layers, trainable
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # torch's, at the first sparse product
 
 SCORE_BYTES = 1 << 30  # of dense scores alive at once while entries are chosen by gradient
 FIRST_STEPS, NEXT_STEPS = 8, 4  # steps whose gradients choose entries: at the start, and at a re-draw
