@@ -89,6 +89,32 @@ class Terminal:
             table.add_row("serve it", Text(f"fitout serve {directory.path}"))
         self.console.print(table)
 
+    def show_comparison(self, result: dict[str, Any]) -> None:
+        """What was shown, each method's scores and costs, and what could not be done."""
+        if self.machine:
+            print(json.dumps(result, ensure_ascii=False))
+            return
+        from ..evaluate.compare_page import lines
+        from ..evaluate.page import label
+
+        first, kept = result["task"][0], result["retention"]
+        table = Table(title=f"{result['budget']} for each, {len(result['seeds'])} seeds", title_justify="left")
+        table.add_column("")
+        table.add_column("place", justify="right")
+        table.add_column(f"{label(first['name'])} (base {first['base']['value']:.1f})", justify="right")
+        table.add_column(f"retention (base {kept[0]['base']['value']:.1f})" if kept else "retention", justify="right")
+        for name in ("memory", "training", "on disk", "trained", "rate"):
+            table.add_column(name, justify="right")
+        for row in lines(result):
+            table.add_row(*map(Text, row))
+        self.console.print(table)
+        for sentence in result["verdicts"]:
+            self.say(sentence)
+        for name, one in result["methods"].items():
+            for what, failure in one["failed"].items():
+                self.say(f"{name}, {'every run' if what == 'all' else f'seed {what}'} failed: {failure['reason']}")
+        self.say(f"page: {result['folder']}/compare.html")
+
     def show_data(self, directory: RunDir) -> None:
         if self.machine:
             print(json.dumps({"run": str(directory.path), **read_json(directory.data_report)}, ensure_ascii=False))
