@@ -812,9 +812,9 @@ def _comparison(recipe: Recipe, trials: Any, raced: dict[str, dict[str, Any]], s
         reasons = "; ".join(f"{kind}: {failure['reason']}" for kind, one in raced.items()
                             for failure in one["failed"].values())  # fmt: skip
         raise FitoutError(f"no run of this comparison could be done: {reasons}", where=str(trials.folder))
-    settings = recipe.evaluate
-    task = [compare(one, settings.samples, settings.seed) for one in task_trials(finished)]
-    kept = [compare(one, settings.samples, settings.seed) for one in retention_trials(finished)]
+    samples, seed = max(1000, recipe.evaluate.samples), recipe.evaluate.seed
+    task = [compare(one, samples, seed) for one in task_trials(finished)]
+    kept = [compare(one, samples, seed) for one in retention_trials(finished)]
     return {
         "title": recipe.name,
         "base": recipe.model.base,
@@ -826,6 +826,6 @@ def _comparison(recipe: Recipe, trials: Any, raced: dict[str, dict[str, Any]], s
         "task": [one.as_dict() for one in task],
         "retention": [one.as_dict() for one in kept],
         "verdicts": verdicts(task[0]),
-        "samples": settings.samples,
+        "samples": samples,
         "versions": _versions(),
     }

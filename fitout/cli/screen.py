@@ -97,13 +97,14 @@ class Terminal:
         from ..evaluate.compare_page import lines
         from ..evaluate.page import label
 
-        first, kept = result["task"][0], result["retention"]
-        table = Table(title=f"{result['budget']} for each, {len(result['seeds'])} seeds", title_justify="left")
+        count = len(result["seeds"])
+        title = (
+            f"{result['budget']} for each, {count} seed{'s' if count > 1 else ''}; below each score its 95 % interval"
+        )
+        table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0))
         table.add_column("")
-        table.add_column("place", justify="right")
-        table.add_column(f"{label(first['name'])} (base {first['base']['value']:.1f})", justify="right")
-        table.add_column(f"retention (base {kept[0]['base']['value']:.1f})" if kept else "retention", justify="right")
-        for name in ("memory", "training", "on disk", "trained", "rate"):
+        score = label(result["task"][0]["name"])
+        for name in ("place", score, "retention", "memory", "training", "on disk", "trained", "rate"):
             table.add_column(name, justify="right")
         for row in lines(result):
             table.add_row(*map(Text, row))

@@ -5,16 +5,23 @@ what was shown.
     compare       estimates of every method, every pair's difference, places
 
 *What varies.* A method's figure is the mean over its seeds of the measure on all questions. It would come out
-differently on other questions of the same kind and after another training, so both are resampled: questions with
-replacement, the same draw for every method and seed (which pairs the methods question by question, and keeps a hard
-question hard for all); seeds apart for each method, S - 1 of its S, which makes the variance of the mean unbiased (the
-plain bootstrap's is too small by (S - 1)/S: a third, with three seeds). Resampling both ways is the pigeonhole
-bootstrap (Owen, Annals of Applied Statistics 1:2, 2007); it errs on the cautious side.
+differently on other questions of the same kind and after another training. Both are measured by resampling:
 
-*Intervals* are the difference plus or minus Student's t times the bootstrap's standard deviation. With three seeds the
-spread over seeds is itself a guess, so the degrees of freedom are Satterthwaite's (Biometrics Bulletin 2:6, 1946), from
-the part of the variance that is the seeds' and the part that is the questions'. With one seed the spread over seeds
-cannot be seen, and the intervals speak of the questions alone.
+    Q     questions with replacement, the same draw for every method and seed. That pairs the methods question by
+          question, and a question that is hard for all widens nothing
+    S     the spread over seeds, s^2 / number of seeds, apart for each method
+    both  questions and seeds at once (seeds: one fewer than there are, which makes the variance of a mean unbiased)
+
+Chance that belongs to one answer alone (this seed, that question) is in Q and in S, and once more in both (Owen, "The
+pigeonhole bootstrap", Annals of Applied Statistics 1:2, 2007). So it is I = both - Q - S, what seeds add beyond it is
+S - I, and the variance is Q + max(0, S - I). With I left in, intervals are up to 1.7 times as wide as they need
+be; without S they are too narrow by far as soon as seeds differ.
+
+*Intervals* are the difference plus or minus Student's t times that standard error. With three seeds the spread over
+seeds is itself a guess, so the degrees of freedom are Satterthwaite's (Biometrics Bulletin 2:6, 1946) for Q + S. In
+simulation (equal methods, 40 or 140 questions, seeds from all alike to very different) two methods of three seeds were
+called different in 2 to 6 % of the rounds, of two seeds in 2 to 9 %. With one seed the spread over seeds cannot be
+seen: the intervals speak of the questions alone, and the false alarms were 5 to 68 %.
 
 *Many pairs.* Within a measure the pairs are tested by Holm's procedure (Scandinavian Journal of Statistics 6:2, 1979):
 with probability 0.95 no pair is called different that is not. Each pair's interval is given at the level at which Holm
@@ -162,9 +169,10 @@ class _Drawn:
     unit: float | None
 
     @property
-    def seed_variance(self) -> float:
-        """Of the mean over seeds: s^2 / S."""
-        return float(np.var(self.seeds, ddof=1)) / len(self.seeds) if len(self.seeds) > 1 else 0.0
+    def seed_part(self) -> tuple[float, int]:
+        """Variance of the mean over seeds (s^2 / number), and its degrees of freedom."""
+        count = len(self.seeds)
+        return (float(np.var(self.seeds, ddof=1)) / count if count > 1 else 0.0), count - 1
 
 
 def _draw(trials: Trials, samples: int, seed: int) -> dict[str, _Drawn]:
@@ -223,14 +231,10 @@ class _Gap:
 def _gap(drawn: Mapping[str, _Drawn], first: str, second: str) -> _Gap:
     one, other = drawn[first], drawn[second]
     value = one.value - other.value
-    spread = float(np.std(one.both - other.both, ddof=1))
+    parts = [one.seed_part, other.seed_part]
+    spread, freedom = standard_error(one.both - other.both, one.questions - other.questions, parts, one.n)
     if spread < 1e-9:  # every question differs alike, in every seed
         return _alike_gap(first, second, value, one)
-    questions = float(np.var(one.questions - other.questions, ddof=1))
-    freedom = satterthwaite(
-        [(questions, one.n - 1)]
-        + [(side.seed_variance, len(side.seeds) - 1) for side in (one, other) if len(side.seeds) > 1]
-    )
     return _Gap(first, second, value, spread, freedom, student_tail(abs(value) / spread, freedom), None)
 
 
@@ -278,16 +282,25 @@ def holm(p_values: Sequence[float], alpha: float = ALPHA) -> tuple[list[float], 
 
 def _estimate(drawn: _Drawn) -> Score:
     """A method's own value with its 95 % interval, inside the measure's range."""
-    spread = float(np.std(drawn.both, ddof=1))
+    spread, freedom = standard_error(drawn.both, drawn.questions, [drawn.seed_part], drawn.n)
     if spread < 1e-9:
         unit = drawn.unit
         low, high = alike_interval(drawn.value, drawn.n, 0.0, unit) if unit else (drawn.value, drawn.value)
         return Score(drawn.value, drawn.n, low, high)
-    questions = float(np.var(drawn.questions, ddof=1))
-    freedom = satterthwaite([(questions, drawn.n - 1), (drawn.seed_variance, len(drawn.seeds) - 1)])
     reach = student_quantile(ALPHA, freedom) * spread
     top = drawn.unit if drawn.unit is not None else math.inf
     return Score(drawn.value, drawn.n, max(0.0, drawn.value - reach), min(top, drawn.value + reach))
+
+
+def standard_error(
+    both: np.ndarray, questions: np.ndarray, seed_parts: Sequence[tuple[float, int]], n: int
+) -> tuple[float, float]:
+    """The root of Q + max(0, S - I), with its degrees of freedom; the arrays are resamples, see above."""
+    by_question = float(np.var(questions, ddof=1))
+    by_seed = sum(variance for variance, _ in seed_parts)
+    by_answer = max(0.0, float(np.var(both, ddof=1)) - by_question - by_seed)
+    freedom = satterthwaite([(by_question, n - 1), *seed_parts])
+    return math.sqrt(by_question + max(0.0, by_seed - by_answer)), freedom
 
 
 def satterthwaite(parts: Sequence[tuple[float, int]]) -> float:

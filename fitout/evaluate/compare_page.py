@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -64,6 +64,10 @@ def size(value: float) -> str:
     units = ("B", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, int(math.log(max(value, 1), 1000)))
     return f"{value / 1000**power:,.{0 if power == 0 else 1}f} {units[power]}"
+
+
+def millions(value: float) -> str:
+    return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.2f} M"
 
 
 def seconds(value: float) -> str:
@@ -313,8 +317,8 @@ def _how(result: Result) -> str:
         "<p>Every run was a process of its own on the same prepared data and split; only the seed of training "
         "changes. A method's value is the mean over its seeds. Intervals come from the bootstrap, "
         f"{result['samples']:,} resamples: questions with replacement, the same draw for all methods (so differences "
-        "are paired by question), and seeds, one fewer than there are, apart for each method. The standard deviation "
-        "of the resamples is multiplied by Student's t, with degrees of freedom after Satterthwaite. "
+        "are paired by question), and seeds apart for each method; chance that belongs to a single answer is counted "
+        "once. The standard error is multiplied by Student's t, with degrees of freedom after Satterthwaite. "
         f"{spread}</p>"
         "<p>Within each measure all pairs are tested together by Holm's procedure at 5 %; measures are not corrected "
         f"for each other. Places go by the first measure, {text(label(result['task'][0]['name']))}, which the recipe "
@@ -324,15 +328,15 @@ def _how(result: Result) -> str:
     )
 
 
-def lines(result: Result) -> list[Sequence[str]]:
+def lines(result: Result) -> list[list[str]]:
     """The rows of the terminal's table: method, place, score, retention, memory, training, on disk, trained, rate."""
     first = result["task"][0]
     kept = result["retention"][0] if result["retention"] else None
 
     def interval(score: Mapping[str, Any]) -> str:
-        return f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
+        return f"{score['value']:.1f}\n{score['low']:.1f}–{score['high']:.1f}"
 
-    rows: list[Sequence[str]] = []
+    rows = []
     for name in in_order(result):
         one = result["methods"][name]
         rows.append(
@@ -344,8 +348,9 @@ def lines(result: Result) -> list[Sequence[str]]:
                 megabytes(cost(one, "memory_mb")),
                 seconds(cost(one, "train_seconds")),
                 size(cost(one, "disk_bytes")),
-                f"{cost(one, 'trained_parameters'):,.0f}",
+                millions(cost(one, "trained_parameters")),
                 f"{one['lr']:g}",
             ]
         )
-    return rows
+    base = [f"{first['base']['value']:.1f}", f"{kept['base']['value']:.1f}" if kept else "–"]
+    return [*rows, ["base", "", *base, "", "", "", "", ""]]
