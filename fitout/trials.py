@@ -489,7 +489,8 @@ def _reason(said: str, code: int) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [at for at, line in enumerate(lines) if line.startswith("error ")]
     if errors:
-        return " ".join(lines[errors[-1] :]).removeprefix("error ")
+        first, *rest = lines[errors[-1] :]
+        return " ".join([first.removeprefix("error ") + ("." if rest and first[-1].isalnum() else ""), *rest])
     if code == -signal.SIGKILL:
         return "the system killed it (SIGKILL), most likely because memory ran out"
     if code < 0:

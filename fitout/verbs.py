@@ -803,7 +803,8 @@ def _again(trials: Any, kinds: Sequence[str], seeds: int, budget: str | None, lr
 
 def _comparison(recipe: Recipe, trials: Any, raced: dict[str, dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
     """Everything the page and the terminal show."""
-    from .evaluate.compare import compare, verdicts
+    from .evaluate.compare import compare
+    from .evaluate.compare_page import verdicts
     from .evaluate.outcomes import retention_trials, task_trials
 
     finished = {kind: [RunDir(Path(run["run"])) for run in one["runs"].values()] for kind, one in raced.items()}
@@ -825,7 +826,7 @@ def _comparison(recipe: Recipe, trials: Any, raced: dict[str, dict[str, Any]], s
         "methods": raced,
         "task": [one.as_dict() for one in task],
         "retention": [one.as_dict() for one in kept],
-        "verdicts": verdicts(task[0]),
+        "verdicts": verdicts(task[0], kept, len(seeds)),
         "samples": samples,
         "versions": _versions(),
     }

@@ -210,7 +210,7 @@ def test_a_run_that_an_orphan_works_on_is_waited_for(tmp_path):
 
 def test_a_reason_is_told_in_the_processs_own_words():
     assert _reason("loading\nerror there is no such file\n      Nothing was done.\n", 2) == (
-        "there is no such file Nothing was done."
+        "there is no such file. Nothing was done."
     )
     assert _reason("Traceback\n  x\nRuntimeError: broken\n", 1) == "RuntimeError: broken"
     assert "memory ran out" in _reason("loading\n", -9)

@@ -131,21 +131,22 @@ def places(methods: Sequence[str], pairs: Sequence[Pair]) -> dict[str, int]:
     return {name: 1 + beaten.count(name) for name in methods}
 
 
-def verdicts(standing: Standing) -> list[str]:
-    """What was shown, in whole sentences."""
+def verdict(standing: Standing) -> str:
+    """What was shown, in words."""
     methods = list(standing.places)
     if len(methods) == 1:
-        return [f"Only {methods[0]} finished; there is nothing to compare it with."]
+        return f"only {methods[0]} finished, there is nothing to compare it with."
     beaten: dict[str, list[str]] = {}
     for pair in standing.pairs:
         if pair.better:
             beaten.setdefault(pair.better, []).append(pair.second if pair.better == pair.first else pair.first)
     if not beaten:
-        return [f"No difference shown between {_listed(methods)}."]
+        return f"no difference shown between {_listed(methods)}."
     best_first = sorted(beaten, key=lambda name: (standing.places[name], -len(beaten[name])))
     open_ = [f"{pair.first} and {pair.second}" for pair in standing.pairs if not pair.better]
-    said = [f"{name} is better than {_listed(beaten[name])}." for name in best_first]
-    return said + ([f"No difference shown between {'; '.join(open_)}."] if open_ else [])
+    said = [f"{name} is better than {_listed(beaten[name])}" for name in best_first]
+    said += [f"no difference shown between {', '.join(open_)}"] if open_ else []
+    return "; ".join(said) + "."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -154,7 +155,7 @@ def _listed(names: Sequence[str]) -> str:
 
 # resampling
 
-BASE = ""  # the base model among the methods; no kind is named so
+BASE = "base"  # the base model beside the methods; no kind is named so
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..files import write_json, write_text
 from . import drawing
+from .compare import Standing, verdict
 from .page import frame, label, number, pairs, table, text
 from .scores import Score
 
@@ -91,6 +92,13 @@ def standing_words(standing: Mapping[str, Any], name: str) -> str:
     return "; ".join(said)
 
 
+def verdicts(task: Standing, kept: Sequence[Standing], seeds: int) -> list[str]:
+    """What was shown on the task and about retention, a line each."""
+    said = [f"{label(task.name)}: {verdict(task)}", *(f"Retention: {verdict(one)}" for one in kept)]
+    blind = "With one seed the spread between trainings cannot be seen; take these as a first look."
+    return said + ([blind] if seeds == 1 else [])
+
+
 def _score(saved: Mapping[str, Any]) -> Score:
     return Score(**saved)
 
@@ -116,10 +124,10 @@ def _head(result: Result) -> str:
             f"<div>{megabytes(cost(one, 'memory_mb'))}, {seconds(cost(one, 'train_seconds'))}</div>"
             f"<div><small>{text(standing_words(first, name))}</small></div></div>"
         )
-    said = " ".join(result["verdicts"])
+    said = "".join(f"<p><strong>{text(one)}</strong></p>" for one in result["verdicts"])
     return (
         f"<h1>{text(result['title'])}: methods compared</h1>"
-        f'<p class="soft">{about}</p><p><strong>{text(said)}</strong></p><div class="figures">{"".join(cards)}</div>'
+        f'<p class="soft">{about}</p>{said}<div class="figures">{"".join(cards)}</div>'
     )
 
 
@@ -178,7 +186,7 @@ def _standings(result: Result) -> str:
                 f"{one['lr']:g}",
             ]
         )
-    retention = [text(label(kept["name"])), "Change"] if kept else []
+    retention = ["Retention", "Change"] if kept else []
     headers = ["Method", "Place", text(label(first["name"])), "Gain over base", *retention]
     headers += ["Memory", "Training", "On disk", "Trained", "Rate"]
     return (
@@ -200,7 +208,7 @@ def _kept_words(kept: Mapping[str, Any]) -> str:
 
 
 def _gain(pair: Mapping[str, Any]) -> str:
-    style = "soft" if not pair["better"] else ("better" if pair["better"] == pair["first"] else "worse")
+    style = {None: "soft", pair["first"]: "better"}.get(pair["better"], "worse")
     return f'<span class="{style}">{pair["value"]:+.1f}</span><small>{pair["low"]:+.1f} to {pair["high"]:+.1f}</small>'
 
 
@@ -232,7 +240,8 @@ def _differences(result: Result) -> str:
         name = text(label(standing["name"]))
         down = "" if standing["higher_is_better"] else " (lower is better)"
         if standing["name"] in open_ones:
-            parts.append(f"<h3>{name}{down}</h3>{drawn}")
+            what = "Retention: " if standing in result["retention"] else ""
+            parts.append(f"<h3>{what}{name}{down}</h3>{drawn}")
         else:
             parts.append(f"<details><summary>{name}{down}</summary>{drawn}</details>")
     return "".join(parts)

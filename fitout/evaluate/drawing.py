@@ -154,7 +154,7 @@ def scatter(marks: Sequence[Mark], *, x_name: str, y_name: str, width: int = 760
         f'<text x="{left}" y="14">{escape(y_name)}</text>',
         f'<text x="{(left + width - right) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_name)}</text>',
     ]
-    for value in ticks(y_low, y_high):
+    for value in ticks(y_low, y_high, 8):
         _, y = place(x_low, value)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')

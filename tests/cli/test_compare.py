@@ -125,7 +125,7 @@ def test_another_budget_or_other_data_in_the_same_folder_are_refused(gone_on_wit
     ("arguments", "said"),
     [
         (["--methods", "full,lorra"], "did you mean lora?"),
-        (["--methods", "nope"], "Known: full, lora"),
+        (["--methods", "nope"], "Known: full"),
         (["--budget", "hours=2"], "steps=200"),
         (["--methods", "lora", "--lrs", "full=1e-4"], "--lrs names 'full'"),
     ],
