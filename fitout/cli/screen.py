@@ -104,7 +104,7 @@ class Terminal:
         table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0))
         table.add_column("")
         score = label(result["task"][0]["name"])
-        for name in ("place", score, "kept", "memory", "training", "on disk", "trained", "rate"):
+        for name in ("place", score, "kept", "memory", "time", "on disk", "trained", "rate"):
             table.add_column(name, justify="right")
         for row in lines(result):
             table.add_row(*map(Text, row))

@@ -64,7 +64,8 @@ def megabytes(value: float) -> str:
 def size(value: float) -> str:
     units = ("B", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, int(math.log(max(value, 1), 1000)))
-    return f"{value / 1000**power:,.{0 if power == 0 else 1}f} {units[power]}"
+    shown = value / 1000**power
+    return f"{shown:,.{1 if power and shown < 100 else 0}f} {units[power]}"
 
 
 def millions(value: float) -> str:

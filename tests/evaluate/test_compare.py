@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -302,6 +303,7 @@ def result_of(count: int = 6, **more) -> dict:
     names = ["full", "lora", "dora", "qlora", "adapter", "sparse"][:count]
     standing = compare(right_or_wrong({n: answers(0.9 - 0.07 * at, 3, 140, rng) for at, n in enumerate(names)}))
     kept = compare(right_or_wrong({n: answers(0.97, 3, 168, rng) for n in names}, base=[1] * 168))
+    kept = replace(kept, name="probes")
     run = {"train_seconds": 61.0, "step_seconds": 0.4, "disk_bytes": 12_900_000, "trained_parameters": 175_104,
            "parameters": 3_397_056, "validation_loss": 0.31, "device": "cpu"}  # fmt: skip
     methods = {
