@@ -104,6 +104,36 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    recipe: RecipeFile,
+    methods: Annotated[str | None, typer.Option(metavar="KIND,KIND,...", help="(default: every method)")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each method")] = 3,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="steps=N|tokens=N|minutes=N", help="of each training (default: the recipe's length)"),
+    ] = None,
+    lrs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[KIND=]RATE,RATE,...", help="learning rates to choose from (default: around the usual)"),
+    ] = None,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="where to (default: runs/NAME-compare)")] = None,
+    json: Json = False,
+) -> None:
+    """Methods on your data under the same budget: a ranking of what was shown; goes on where it stopped."""
+    from .. import verbs
+    from ..config import load
+    from .screen import open_screen
+
+    kinds = [kind.strip() for kind in methods.split(",") if kind.strip()] if methods else []
+    with open_screen(json) as screen:
+        result = verbs.compare(
+            load(recipe, changes), kinds, seeds=seeds, budget=budget, lrs=lrs or [], out=out, screen=screen.verbs
+        )
+        screen.show_comparison(result)
+
+
+@app.command()
 def merge(run: RunFolder, json: Json = False) -> None:
     """Folds a run's adapter into its base and checks that the logits stay the same."""
     from .. import verbs

@@ -1,4 +1,4 @@
-"""The report: three files in a run's `evaluation/`, and a short table for the terminal."""
+"""The report: four files in a run's `evaluation/`, and a short table for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..files import write_json, write_jsonl, write_text
 from ..rundir import RunDir
 from . import page
 from .scores import Comparison
-from .suite import EvaluationResult
+from .suite import EvaluationResult, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,8 @@ def write_report(
     data_counts: Mapping[str, Any] | None = None,
     command: str = "",
 ) -> None:
-    """Writes predictions.jsonl, report.json and report.html, each atomically.
+    """Writes predictions.jsonl, retention.jsonl (where retention was measured), report.json and report.html, each
+    atomically.
 
     `training_log` are the rows of log.jsonl: `{"step", "loss"}` and `{"event": "evaluated", "step",
     "validation_loss"}`. `data_counts` and `recipe_summary` are shown as they are given; `command` is how to do it
@@ -35,6 +36,10 @@ def write_report(
     command = command or f"fitout evaluate {shlex.quote(str(run.path))}"
     counts = dict(data_counts or {})
     write_jsonl(run.predictions, result.rows)
+    if result.retention:
+        write_jsonl(run.retention, map(plain, result.retention.rows))
+    else:
+        run.retention.unlink(missing_ok=True)  # of an evaluation before this one
     write_json(
         run.evaluation_report,
         {
