@@ -326,6 +326,9 @@ def _prepare(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) -> t
     part = report["parts"]["train"]
     share = 100 * part["supervised"] / max(1, part["tokens"])
     screen.say(f"training tokens: {part['tokens']:,}, of them trained {part['supervised']:,} ({share:.0f} %)")
+    for name in ("validation", "test"):
+        if getattr(recipe.data.split, name) and not report["kept"][name]:
+            screen.say(f"no sample is in the {name} part (too few to split); a source of its own has `split: {name}`")
     if part["no_end"]:
         screen.say(f"{part['no_end']:,} training samples end without a trained end of turn (cut to max_length)")
     if _main_process():

@@ -160,9 +160,17 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def number(score: Score, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{score.value:{sign}.1f}<small>{score.low:{sign}.1f} to {score.high:{sign}.1f}</small>"
+def signed(value: float) -> str:
+    """With its sign and one digit; what rounds to nothing is +0.0, never -0.0."""
+    return f"{round(value, 1) + 0.0:+.1f}"
+
+
+def number(score: Score) -> str:
+    return f"{score.value:.1f}<small>{score.low:.1f} to {score.high:.1f}</small>"
+
+
+def _change(score: Score) -> str:
+    return f"{signed(score.value)}<small>{signed(score.low)} to {signed(score.high)}</small>"
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -197,7 +205,8 @@ def _head(result: EvaluationResult, title: str) -> str:
     counts = result.counts
     figures = []
     if result.scores:
-        figures.append(_figure(result.scores[0], f"{label(result.scores[0].name)}, {counts['asked']:,} questions"))
+        main = next((score for score in result.scores if score.name == result.reading), result.scores[0])
+        figures.append(_figure(main, f"{label(main.name)}, {counts['asked']:,} questions"))
     kept = result.retention
     if kept and kept.overall:
         figures.append(_figure(kept.overall, f"Retention, {kept.overall.base.n:,} probes that are not the task"))
@@ -218,7 +227,8 @@ def _figure(comparison: Comparison, what: str) -> str:
     return (
         f'<div class="figure"><div class="what">{text(what)}</div><div class="numbers">'
         f'<span class="from">{comparison.base.value:.1f} →</span> {comparison.tuned.value:.1f}</div>'
-        f"<div>{_verdict(comparison)} <small>{gap.value:+.1f}, 95 % interval {gap.low:+.1f} to {gap.high:+.1f}</small>"
+        f"<div>{_verdict(comparison)} <small>{signed(gap.value)}, 95 % interval {signed(gap.low)} to "
+        f"{signed(gap.high)}</small>"
         "</div></div>"
     )
 
@@ -242,7 +252,7 @@ def _score_row(name: str, score: Comparison) -> list[str]:
         f"{score.base.n:,}",
         number(score.base),
         number(score.tuned),
-        number(score.difference, signed=True),
+        _change(score.difference),
         _verdict(score),
         drawing.dots(score),
     ]
@@ -263,7 +273,7 @@ def _by_group(result: EvaluationResult) -> str:
                 for name in names[1:]
             ]
             cells = [text(group), f"{first.base.n:,}", number(first.base), number(first.tuned)]
-            rows.append([*cells, number(first.difference, signed=True), drawing.dots(first, width=100), *others])
+            rows.append([*cells, _change(first.difference), drawing.dots(first, width=100), *others])
         main = text(label(names[0]))
         headers = [
             dimension.capitalize(),
@@ -300,7 +310,7 @@ def _retention(kept: RetentionResult | None) -> str:
     if kept.perplexity:
         score = kept.perplexity
         rows = [[label(score.name), f"{score.base.n:,}", f"{kept.tokens:,}", number(score.base), number(score.tuned)]]
-        rows[0] += [number(score.difference, signed=True), _verdict(score)]
+        rows[0] += [_change(score.difference), _verdict(score)]
         parts.append(f"<p>How well the text {text(kept.source)} is predicted; lower is better.</p>")
         headers = ["", "pieces", "tokens", "Base", "Tuned", "Difference", ""]
         parts.append(table(headers, rows, numbers=(1, 2, 3, 4, 5)))
@@ -345,7 +355,12 @@ def _examples(result: EvaluationResult) -> str:
         f"{len(kinds['still wrong']):,} not right and not changed, {len(kinds['right in both']):,} right in both. "
         "All rows are in predictions.jsonl.</p>",
     ]
-    titles = {"fixed": "Fixed", "broken": "Broken", "still wrong": "Still wrong"}
+    by_degree = result.reading not in ("accuracy", "exact_match")  # a better overlap is not yet a right answer
+    titles = {
+        "fixed": "Better" if by_degree else "Fixed",
+        "broken": "Worse" if by_degree else "Broken",
+        "still wrong": "Not right, not changed" if by_degree else "Still wrong",
+    }
     for kind, title in titles.items():
         rows = kinds[kind]
         articles = "".join(_article(row, result.reading) for row in _spread(rows, EXAMPLES))

@@ -14,6 +14,7 @@ from .suite import EvaluationResult, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def write_report(
@@ -56,11 +57,16 @@ def write_report(
     )
 
 
-def summary_table(result: EvaluationResult) -> Table:
-    """Base against tuned in a few lines: scores, then retention by group. Fits 80 columns."""
+def summary_table(result: EvaluationResult) -> Table | Text:
+    """Base against tuned in a few lines: scores, then retention by group. Fits 80 columns. Only the notes when there is
+    nothing to compare."""
     from rich.table import Table
     from rich.text import Text
 
+    kept = result.retention
+    notes = [*result.notes, *(kept.notes if kept else [])]
+    if not result.scores and kept is None:
+        return Text("\n".join(notes))
     table = Table(title="Base against tuned", title_justify="left", caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
     for name in ("n", "base", "tuned", "change", "95 % interval"):
@@ -68,7 +74,6 @@ def summary_table(result: EvaluationResult) -> Table:
     table.add_column("", no_wrap=True)
     for score in result.scores:
         table.add_row(*_line(page.label(score.name), score))
-    kept = result.retention
     if kept and (kept.overall or kept.perplexity):
         table.add_section()
         for group, score in kept.groups.items() if len(kept.groups) > 1 else ():
@@ -76,8 +81,7 @@ def summary_table(result: EvaluationResult) -> Table:
         if kept.overall:
             table.add_row(*_line("kept: all probes", kept.overall))
         if kept.perplexity:
-            table.add_row(*_line("perplexity (lower is better)", kept.perplexity))
-    notes = [*result.notes, *(kept.notes if kept else [])]
+            table.add_row(*_line("Perplexity (lower is better)", kept.perplexity))
     table.caption = Text("\n".join(notes)) if notes else None
     return table
 
@@ -93,7 +97,7 @@ def _line(name: str, score: Comparison) -> list[Any]:
         str(score.base.n),
         f"{score.base.value:.1f}",
         f"{score.tuned.value:.1f}",
-        f"{gap.value:+.1f}",
-        f"{gap.low:+.1f} to {gap.high:+.1f}",
+        page.signed(gap.value),
+        f"{page.signed(gap.low)} to {page.signed(gap.high)}",
         Text(word, style=style),
     ]
