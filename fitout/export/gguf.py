@@ -10,20 +10,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..errors import ModelError, RequestError
+from . import StoredAs
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
     from .gguf_vocab import Vocabulary
 
-Kind = Literal["f32", "f16", "bf16", "q8_0"]
-KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "q8_0")
-STORED: dict[torch.dtype, Kind] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+STORED: dict[torch.dtype, StoredAs] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ROW_OF_BLOCKS = 32  # q8_0 keeps one scale for so many values of a row
 
 
@@ -99,7 +98,7 @@ def unsupported(config: Any) -> list[str]:
     return reasons
 
 
-def write_gguf(folder: Path, path: Path, chat: Chat, vocabulary: Vocabulary, *, name: str, kind: Kind) -> list[str]:
+def write_gguf(folder: Path, path: Path, chat: Chat, vocabulary: Vocabulary, *, name: str, kind: StoredAs) -> list[str]:
     """Writes the model in `folder` (config.json, *.safetensors) to `path`, one tensor in memory at a time.
 
     Matrices are stored as `kind`, norms and biases in f32. Returns notes. Raises ModelError for what the format cannot
@@ -145,7 +144,7 @@ def need_package() -> None:
 # what the file says about the model
 
 
-def _write_shape(writer: Any, gguf: Any, config: Any, name: str, kind: Kind) -> None:
+def _write_shape(writer: Any, gguf: Any, config: Any, name: str, kind: StoredAs) -> None:
     file_types = gguf.LlamaFileType
     head = head_width(config)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -292,7 +291,7 @@ def gguf_name(key: str) -> str | None:
     return None
 
 
-def _plan(gguf: Any, folder: Path, config: Any, kind: Kind) -> tuple[list[Planned], int]:
+def _plan(gguf: Any, folder: Path, config: Any, kind: StoredAs) -> tuple[list[Planned], int]:
     """Every tensor in file order, and how many matrices could not take `kind`."""
     family = FAMILIES[config.model_type]
     types = gguf.GGMLQuantizationType

@@ -110,9 +110,16 @@ def describe(chat: Chat, rows: int, texts: Iterable[str] = ()) -> Vocabulary:
         scores = _scores(tokens, types, merges)
         vocabulary = Vocabulary("llama", "default", tokens, types, scores=scores)
         vocabulary.space_prefix = _choose_prefix(chat, vocabulary, texts)
-    prompt = chat.prompt_ids(SAMPLE[:1])
-    vocabulary.add_bos = chat.tokenizer.bos_token_id is not None and prompt[:1] == [chat.tokenizer.bos_token_id]
+    vocabulary.add_bos = begins_with_bos(chat)
     return vocabulary
+
+
+def begins_with_bos(chat: Chat) -> bool:
+    """Whether a conversation begins with the beginning-of-text token, which engines then write themselves. (A token
+    that opens every turn, as ChatML's may be, is part of the template.)"""
+    bos = chat.tokenizer.bos_token
+    text = chat.prompt_text((*SAMPLE, SAMPLE[0]))
+    return bool(bos) and text.startswith(bos) and text.count(bos) == 1
 
 
 def _entries(chat: Chat, backend: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
