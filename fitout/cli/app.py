@@ -134,19 +134,82 @@ def compare(
 
 
 @app.command()
-def merge(run: RunFolder, json: Json = False) -> None:
-    """Folds a run's adapter into its base and checks that the logits stay the same."""
+def merge(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="a run; or several runs or adapter folders, to combine")
+    ],
+    how: Annotated[str, typer.Option(help="several: linear, ties, dare_linear or dare_ties")] = "linear",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="several: a weight for each (default: equal shares)")
+    ] = None,
+    density: Annotated[float, typer.Option(help="ties, dare: the share of entries that is kept")] = 0.5,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="several: where adapter/ and merged/ go")] = None,
+    json: Json = False,
+) -> None:
+    """Folds a run's adapter into its base and checks that the logits stay the same; or several adapters, as one."""
     from .. import verbs
+    from ..errors import RequestError
     from ..rundir import RunDir
     from .screen import open_screen
 
     with open_screen(json) as screen:
-        verbs.merge(RunDir(run), screen=screen.verbs)
-        screen.show_run(RunDir(run))
+        if len(runs) == 1 and to is None:
+            verbs.merge(RunDir(runs[0]), screen=screen.verbs)
+            screen.show_run(RunDir(runs[0]))
+            return
+        if to is None:
+            raise RequestError("several adapters make a new one", hint="Say where it goes: --to DIR.")
+        shares = _numbers(weights) if weights else []
+        verbs.combine(runs, to, how=how, weights=shares, density=density, screen=screen.verbs)
+        screen.show_facts({"adapter": str(to / "adapter"), "merged model": str(to / "merged")})
+
+
+def _numbers(text: str) -> list[float]:
+    from ..errors import RequestError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{text!r} is no list of numbers", where="--weights", hint="Say 0.7,0.3.") from None
 
 
 Model = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="a run, a model folder, a hub id, embedded:shell")]
 Adapter = Annotated[str | None, typer.Option(help="an adapter folder over the model")]
+
+
+@app.command()
+def export(
+    model: Model,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="a new folder; without it, only says which engine can load it")
+    ] = None,
+    engine: Annotated[str, typer.Option("--for", help="transformers, vllm, ollama or llamacpp")] = "transformers",
+    unmerged: Annotated[bool, typer.Option("--unmerged", help="vllm: the adapter apart, over its base")] = False,
+    stored_as: Annotated[
+        str | None, typer.Option(help="GGUF: f32, f16, bf16 or q8_0 (default: as the model is stored)")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code")] = False,
+    json: Json = False,
+) -> None:
+    """Writes what an engine needs to load it, checked before and after."""
+    from .. import verbs
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        if to is None:
+            screen.show_engines(verbs.can_load(model, trust_remote_code=trust_remote_code))
+            return
+        screen.show_export(
+            verbs.export(
+                model,
+                engine=engine,
+                to=to,
+                unmerged=unmerged,
+                stored_as=stored_as,
+                trust_remote_code=trust_remote_code,
+                screen=screen.verbs,
+            )
+        )
 
 
 @app.command()

@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +17,9 @@ from rich.text import Text
 from ..files import read_json
 from ..rundir import RunDir
 from ..verbs import Screen
+
+if TYPE_CHECKING:
+    from ..export.bundle import Exported
 
 
 class Terminal:
@@ -121,6 +125,29 @@ class Terminal:
             print(json.dumps({"run": str(directory.path), **read_json(directory.data_report)}, ensure_ascii=False))
         else:
             self.say(f"report: {directory.data_page}")
+
+    def show_engines(self, found: dict[str, list[str]]) -> None:
+        """Which engine can load a model; the reasons where one cannot."""
+        if self.machine:
+            print(json.dumps(found, ensure_ascii=False))
+            return
+        for engine, reasons in found.items():
+            self.say(f"{engine}: {'no' if reasons else 'yes'}")
+            for reason in reasons:
+                self.say(f"  {reason}")
+
+    def show_export(self, exported: Exported) -> None:
+        """Where it is, what was checked, what to know, and the commands that start it."""
+        if self.machine:
+            print(json.dumps({**asdict(exported), "folder": str(exported.folder)}, ensure_ascii=False))
+            return
+        self.say(f"written to {exported.folder}")
+        for what, found in exported.checked.items():
+            self.say(f"  checked: {what}: {found}")
+        for note in exported.notes:
+            self.say(f"  note: {note}")
+        for command in exported.commands:
+            self.say(command)
 
     def show_facts(self, facts: dict[str, str]) -> None:
         """Names and values, a line each."""

@@ -1,14 +1,22 @@
 """OUT OF THE HOUSE. What was trained, in the forms that other tools load.
 
-Here: the verified merge, writing model folders with tokenizer, template and card.
+Here: the verified merge, several adapters as one, model folders with tokenizer, template and card, and what each engine
+needs (vLLM, llama.cpp, Ollama), checked beforehand and afterwards.
 Not here: training checkpoints (train), serving (serve).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Engine = Literal["transformers", "vllm", "ollama", "llamacpp"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+StoredAs = Literal["f32", "f16", "bf16", "q8_0"]
+STORED_AS: tuple[StoredAs, ...] = get_args(StoredAs)
+How = Literal["linear", "ties", "dare_linear", "dare_ties"]
+HOWS: tuple[How, ...] = get_args(How)
 
 
 class ExportSettings(BaseModel):

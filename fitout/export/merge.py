@@ -10,9 +10,10 @@ import torch
 
 from ..chat.render import SAMPLE, Chat, open_chat
 from ..errors import CheckError, RequestError
-from ..files import read_json, staged_folder
+from ..files import staged_folder
 from ..model.load import DTYPES, load_adapter, load_base, load_config, resolve, save_model
 from ..model.methods import saved_in
+from .card import facts_of
 from .write import save_chat, set_stop_ids, write_card
 
 if TYPE_CHECKING:
@@ -123,22 +124,7 @@ def logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
 
 def merge_run(directory: RunDir, recipe: Any, say: Callable[[str], None] = lambda line: None) -> float:
     """Merges a run's adapter into merged/, with a card that says what was measured."""
-    status = directory.read_status()
-    training = status.get("training", {})
-    facts: dict[str, Any] = {
-        "Training": {
-            "method": recipe.method.model_dump(mode="json"),
-            "objective": recipe.objective.kind,
-            "steps": training.get("steps"),
-            "supervised tokens": training.get("supervised_tokens"),
-            "validation loss, base": training.get("base_loss"),
-            "validation loss, best": training.get("best_loss"),
-            "seed": status.get("seed"),
-            "data fingerprint": status.get("data_fingerprint"),
-            "versions": status.get("versions"),
-        },
-        "Scores": _scores(directory),
-    }
+    facts = facts_of(directory, recipe)
     base = resolve(recipe.model.base).base
     return merge_adapter(
         base,
@@ -151,11 +137,3 @@ def merge_run(directory: RunDir, recipe: Any, say: Callable[[str], None] = lambd
         into=recipe.export.merge_into,
         say=say,
     )
-
-
-def _scores(directory: RunDir) -> dict[str, str]:
-    """Base against tuned, as evaluation/report.json has them."""
-    if not directory.evaluation_report.exists():
-        return {}
-    scores = read_json(directory.evaluation_report)["scores"]
-    return {s["name"]: f"{s['base']['value']:.1f} -> {s['tuned']['value']:.1f} (n {s['base']['n']})" for s in scores}

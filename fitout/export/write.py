@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from ..files import write_text
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
+
+Facts = Mapping[str, Mapping[str, Any] | Sequence[Sequence[Any]]]  # title -> names and values, or rows below a head
 
 
 def set_stop_ids(model: Any, chat: Chat) -> None:
@@ -29,15 +32,30 @@ def save_chat(chat: Chat, folder: Path) -> None:
     chat.tokenizer.save_pretrained(folder)
 
 
-def write_card(folder: Path, *, name: str, base: str, facts: dict[str, Any]) -> None:
-    """README.md of a model folder: where it comes from, how it was trained, what was measured."""
-    lines = ["---", f"base_model: {base}", "library_name: transformers", "tags: [fitout]", "---", f"# {name}", ""]
-    lines.append(f"`{base}`, fine-tuned with Fitout.")
-    for title, values in facts.items():
-        if values:
-            lines += ["", f"## {title}", "", "| | |", "|---|---|"]
-            lines += [f"| {key} | {_cell(value)} |" for key, value in values.items()]
-    write_text(folder / "README.md", "\n".join(lines) + "\n")
+def write_card(folder: Path, *, name: str, base: str, facts: Facts) -> None:
+    """README.md of a model or adapter folder: what it is, how to load it, how it was made, what was measured.
+
+    The head is the metadata that the Hugging Face hub reads. A README.md that a method wrote about its files is kept
+    at the end.
+    """
+    from . import card
+
+    format_notes = card.kept(folder)
+    parts = [card.head(folder, base), f"# {name}", card.opening(folder, base), *card.usage(folder, base)]
+    parts += [f"## {title}\n\n{table(values)}" for title, values in facts.items() if values]
+    parts.append(card.licence(base))
+    if format_notes:
+        parts.append(f"{card.FORMAT}\n\n{format_notes}")
+    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def table(values: Mapping[str, Any] | Sequence[Sequence[Any]]) -> str:
+    """A Markdown table: of names and values, or of rows whose first is the head."""
+    rows: list[Sequence[Any]] = [("", ""), *values.items()] if isinstance(values, Mapping) else list(values)
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+    if isinstance(values, Mapping):
+        lines[0] = "| | |"
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def _cell(value: Any) -> str:

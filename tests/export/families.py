@@ -1,0 +1,67 @@
+"""Small random models of the families that GGUF is written for, as saved folders with the embedded tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fitout.chat.render import Chat, open_chat
+from fitout.export.write import save_chat
+from fitout.model.load import SHELL
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+SHAPES = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-wide-heads": ("llama", {"head_dim": 32, "num_hidden_layers": 1}),
+    "llama-biases": ("llama", {"attention_bias": True}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"rms_norm_eps": 1e-3}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+def save_family(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Chat:
+    """A random model of `SHAPES[name]` whose weights are large enough that a wrong rotation or norm shows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, changes = SHAPES[name]
+    chat = open_chat(SHELL)
+    config = AutoConfig.for_model(
+        kind,
+        **{
+            "vocab_size": len(chat.tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 2e4},
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            **changes,
+        },
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+        elif "norm" in parameter_name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.to(dtype).save_pretrained(folder)
+    save_chat(chat, folder)
+    return chat
