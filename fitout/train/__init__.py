@@ -18,7 +18,7 @@ class TrainSettings(BaseModel):
 
     epochs: float = Field(3, gt=0, description="passes over the training part")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes the place of epochs")
-    lr: float | None = Field(None, gt=0, description="peak learning rate; default 2e-5 for full, 2e-4 for adapters")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; the default is the method's own")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.03, ge=0, description="below 1 a share of all steps, else a number of steps")
     batch_size: int = Field(16, ge=1, description="examples a step, over all ranks")

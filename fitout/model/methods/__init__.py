@@ -150,7 +150,7 @@ class SparseSettings(BaseModel):
 
     @property
     def default_lr(self) -> float:
-        return 2e-4
+        return 5e-4
 
 
 METHODS = (FullSettings, LoraSettings, DoraSettings, QloraSettings, AdapterSettings, SparseSettings)
