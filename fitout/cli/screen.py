@@ -95,6 +95,15 @@ class Terminal:
         else:
             self.say(f"report: {directory.data_page}")
 
+    def show_plan(self, plan: Any) -> None:
+        if self.machine:
+            print(json.dumps(plan.as_dict(), ensure_ascii=False))
+            return
+        from .plan_view import draw_plan
+
+        for piece in draw_plan(plan):
+            self.console.print(piece)
+
     def show_facts(self, facts: dict[str, str]) -> None:
         """Names and values, a line each."""
         if self.machine:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...errors import ModelError
+from ...errors import FitoutError, ModelError
 from ...files import read_json
 
 if TYPE_CHECKING:
+    from ..shape import Shape
     from .base import Method
+    from .cost import Cost
 
 
 class FullSettings(BaseModel):
@@ -30,6 +32,11 @@ class FullSettings(BaseModel):
     @property
     def default_lr(self) -> float:
         return 2e-5
+
+    def cost(self, shape: Shape) -> Cost:
+        from . import cost
+
+        return cost.full(shape)
 
 
 class LoraSettings(BaseModel):
@@ -49,13 +56,37 @@ class LoraSettings(BaseModel):
     def default_lr(self) -> float:
         return 2e-4
 
+    def cost(self, shape: Shape) -> Cost:
+        from . import cost
+
+        return cost.lora(shape, rank=self.rank, targets=self.targets)
+
+
+class AutoSettings(BaseModel):
+    """The planner chooses: the best method that fits the memory at hand and the amount of data. The choice and its
+    reasons are told, and recorded in the run's recipe in place of this."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["auto"] = "auto"
+
+    @property
+    def default_lr(self) -> float:
+        raise self._not_chosen()
+
+    def cost(self, shape: Shape) -> Cost:
+        raise self._not_chosen()
+
+    def _not_chosen(self) -> FitoutError:
+        return FitoutError("method: auto has not been resolved", hint="fitout.verbs does that; or name a method.")
+
 
 METHODS = (FullSettings, LoraSettings)
-MethodSettings = Annotated[FullSettings | LoraSettings, Field(discriminator="kind")]
+MethodSettings = Annotated[FullSettings | LoraSettings | AutoSettings, Field(discriminator="kind")]
 SAVED = {"LORA": "lora"}  # peft_type of a saved adapter -> the file that reads it
 
 
-def create(settings: FullSettings | LoraSettings) -> Method:
+def create(settings: MethodSettings) -> Method:
     """The method that `settings` asks for."""
     return import_module(f".{settings.kind}", __name__).create(settings)
 
