@@ -67,6 +67,33 @@ def run(recipe: RecipeFile, changes: Changes = None, out: Out = None, json: Json
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    out: Out = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu-24g, rtx3090-24g, h100-80g, ... (default: this machine)")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="how many such devices")] = 1,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens a sample on average, instead of the data")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="with --length: how many training samples")] = None,
+    json: Json = False,
+) -> None:
+    """Memory and time of every method before the run: what fits, which term is too big, what to turn."""
+    from .. import verbs
+    from ..config import load
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        screen.show_plan(
+            verbs.plan(
+                load(recipe, changes), device=device, devices=devices, length=length, samples=samples, out=out,
+                screen=screen.verbs,
+            )
+        )  # fmt: skip
+
+
+@app.command()
 def train(
     recipe: RecipeFile,
     changes: Changes = None,

@@ -149,6 +149,15 @@ class Terminal:
         for command in exported.commands:
             self.say(command)
 
+    def show_plan(self, plan: Any) -> None:
+        if self.machine:
+            print(json.dumps(plan.as_dict(), ensure_ascii=False))
+            return
+        from .plan_view import draw_plan
+
+        for piece in draw_plan(plan):
+            self.console.print(piece)
+
     def show_facts(self, facts: dict[str, str]) -> None:
         """Names and values, a line each."""
         if self.machine:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ModelError
-from ..files import atomic_open, read_json
+from ..files import atomic_path, read_json
 from ..rundir import RunDir
 from . import EMBEDDED
 from .attention import NAME as PACKED
@@ -266,12 +266,17 @@ def open_model(
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically."""
-    from safetensors.torch import save
+    """Writes a safetensors file atomically, straight from the tensors: a copy in memory first would make saving a full
+    fine-tuning's optimizer the largest moment of the run (measured: 4.5 instead of 2.8 GB at 135 M parameters)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_open(path) as file:
-        file.write(save(plain, {"format": "pt", **(metadata or {})}))
+    with atomic_path(path) as staging:
+        try:
+            save_file(plain, staging, {"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error  # a full disk, most often; the caller names the path
 
 
 def save_model(model: Any, folder: Path) -> None:

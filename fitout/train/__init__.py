@@ -10,6 +10,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+FIRST_BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens a micro-batch begins with where the recipe says `auto`
+
 
 class TrainSettings(BaseModel):
     """How long, how fast, in which numbers, and what is kept."""

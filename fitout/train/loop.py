@@ -16,7 +16,7 @@ from ..errors import CheckError, FitoutError, Stopped
 from ..model.methods.base import Method, copy_into, trainable
 from ..objectives.base import Objective
 from ..rundir import RunDir
-from . import TrainSettings
+from . import FIRST_BUDGET, TrainSettings
 from .backend import Backend
 from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, StopRequest, is_out_of_memory
@@ -205,7 +205,7 @@ class _Run:
             tokens=result.tokens,
             supervised_tokens=result.supervised,
             tokens_per_second=round(result.tokens / seconds, 1),
-            memory_mb=_memory_mb(self.backend.device),
+            memory_mb=memory_mb(self.backend.device),
         )
 
     def _step_with_memory(self, index: int) -> StepResult:
@@ -334,7 +334,7 @@ class _Run:
 def _first_budget(settings: TrainSettings, backend: Backend) -> int:
     if settings.micro_batch_tokens != "auto":
         return settings.micro_batch_tokens
-    return 16384 if backend.device.type == "cuda" else 2048
+    return FIRST_BUDGET[backend.device.type]
 
 
 def _key(seed: int, step: int, rank: int) -> int:
@@ -342,7 +342,7 @@ def _key(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _memory_mb(device: torch.device) -> int:
+def memory_mb(device: torch.device) -> int:
     """Peak memory so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20

@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ...errors import ModelError
+from ...errors import FitoutError, ModelError
 from ...files import read_json
 
 if TYPE_CHECKING:
+    from ..shape import Shape
     from .base import Method
+    from .cost import Cost
 
 
 class FullSettings(BaseModel):
@@ -40,6 +42,11 @@ class FullSettings(BaseModel):
     @property
     def default_lr(self) -> float:
         return 2e-5
+
+    def cost(self, shape: Shape) -> Cost:
+        from . import cost
+
+        return cost.full(shape, freeze=self.freeze, last_layers=self.last_layers)
 
 
 class LowRankSettings(BaseModel):
@@ -81,17 +88,36 @@ class LowRankSettings(BaseModel):
             raise ValueError("init: orthogonal needs even ranks")
         return self
 
+    def _sizes(self) -> dict[str, Any]:
+        """What cost functions ask of any of these."""
+        return {
+            "rank": self.rank,
+            "targets": self.targets,
+            "rank_pattern": self.rank_pattern,
+            "train_also": self.train_also,
+        }
+
 
 class LoraSettings(LowRankSettings):
     """Low-rank adapters on linear layers (Hu et al., arXiv 2106.09685), in PEFT's names and files."""
 
     kind: Literal["lora"] = "lora"
 
+    def cost(self, shape: Shape) -> Cost:
+        from . import cost
+
+        return cost.lora(shape, **self._sizes())
+
 
 class DoraSettings(LowRankSettings):
     """Weight-decomposed low-rank adapters (Liu et al., arXiv 2402.09353), in PEFT's names and files."""
 
     kind: Literal["dora"] = "dora"
+
+    def cost(self, shape: Shape) -> Cost:
+        from . import cost
+
+        return cost.dora(shape, **self._sizes())
 
 
 class QloraSettings(LowRankSettings):
@@ -101,6 +127,11 @@ class QloraSettings(LowRankSettings):
     quant: Literal["nf4", "fp4"] = Field("nf4", description="the 16 values that weights are rounded to")
     double_quant: bool = Field(True, description="quantise the scales of the blocks too: 0.4 bits a weight less")
     dora: bool = Field(False, description="with DoRA's magnitudes")
+
+    def cost(self, shape: Shape) -> Cost:
+        from . import cost
+
+        return cost.qlora(shape, double_quant=self.double_quant, decomposed=self.dora, **self._sizes())
 
 
 class AdapterSettings(BaseModel):
@@ -128,6 +159,11 @@ class AdapterSettings(BaseModel):
             raise ValueError("scale belongs to style: parallel")
         return self
 
+    def cost(self, shape: Shape) -> Cost:
+        from . import cost
+
+        return cost.adapter(shape, style=self.style, reduction=self.reduction)
+
 
 class SparseSettings(BaseModel):
     """A small share of the base's own entries is trained; the rest stays as it is. Merges exactly."""
@@ -152,9 +188,35 @@ class SparseSettings(BaseModel):
     def default_lr(self) -> float:
         return 5e-4
 
+    def cost(self, shape: Shape) -> Cost:
+        from . import cost
+
+        return cost.sparse(shape, density=self.density, targets=self.targets)
+
+
+class AutoSettings(BaseModel):
+    """The planner chooses: the best method that fits the memory at hand and the amount of data. The choice and its
+    reasons are told, and recorded in the run's recipe in place of this."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["auto"] = "auto"
+
+    @property
+    def default_lr(self) -> float:
+        raise self._not_chosen()
+
+    def cost(self, shape: Shape) -> Cost:
+        raise self._not_chosen()
+
+    def _not_chosen(self) -> FitoutError:
+        return FitoutError("method: auto has not been resolved", hint="fitout.verbs does that; or name a method.")
+
 
 METHODS = (FullSettings, LoraSettings, DoraSettings, QloraSettings, AdapterSettings, SparseSettings)
-AnySettings = FullSettings | LoraSettings | DoraSettings | QloraSettings | AdapterSettings | SparseSettings
+AnySettings = (
+    FullSettings | LoraSettings | DoraSettings | QloraSettings | AdapterSettings | SparseSettings | AutoSettings
+)
 MethodSettings = Annotated[AnySettings, Field(discriminator="kind")]
 SAVED = {  # peft_type of a saved adapter -> the file that reads it; PEFT has no types for the last two, they are ours
     "LORA": "lora",
