@@ -7,6 +7,7 @@ the imports, before anything is loaded, is told apart. `python -m benchmarks.pla
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -17,6 +18,12 @@ from typing import Any
 
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes (and the host's other machines: steal) have taken."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
 class Stopwatch:
@@ -47,9 +54,11 @@ def measure(folder: Path, out: Path) -> None:
 
     base = peak_mb()
     watch = Stopwatch()
-    start = time.time()
+    start, busy, own = time.time(), busy_seconds(), time.process_time()
     recipe = config.load(folder / "recipe.yaml")
     run = verbs.train(recipe, out=folder / "run", screen=verbs.Screen(listeners=lambda: [watch]))
+    wall = time.time() - start
+    others = (busy_seconds() - busy - (time.process_time() - own)) / wall
     status = run.read_status()
     out.write_text(
         json.dumps(
@@ -59,7 +68,8 @@ def measure(folder: Path, out: Path) -> None:
                 "step_mb": round(watch.peaks[-1]),
                 "peak_mb": round(peak_mb()),
                 "seconds": [round(s, 5) for s in watch.seconds],
-                "whole_seconds": round(time.time() - start, 2),
+                "whole_seconds": round(wall, 2),
+                "others": round(others, 3),  # cores that something else kept busy meanwhile
                 "threads": torch.get_num_threads(),
                 "trained": status["training"]["trained_parameters"],
                 "parameters": status["training"]["parameters"],

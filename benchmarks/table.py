@@ -9,23 +9,25 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
-REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py
+REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py and planner.py
 
 
 def main() -> None:
     results = {path.name: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     real = results.pop(REAL, None)
-    parts = [_section(result) for result in results.values() if not result["quick"]]
-    _put("table", "\n\n".join(parts or ["No full run yet."]))
-    _put("real input", _real_input(real) if real else "No run yet.")
+    full = [result for result in results.values() if not result["quick"]]
+    _put("table", [_section(result) for result in full if result.get("kind") != "planner"])
+    _put("real input", [_real_input(real)] if real else [])
+    _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
 
 
-def _put(name: str, text: str) -> None:
-    """Puts `text` between the markers of that name in README.md."""
+def _put(name: str, parts: list[str]) -> None:
+    """Puts `parts` between the markers of that name in README.md."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     readme = HERE / "README.md"
     before, rest = readme.read_text().split(begin)
     after = rest.split(end)[1]
+    text = "\n\n".join(parts or ["No full run yet."])
     readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
@@ -42,6 +44,35 @@ def _section(result: dict[str, Any]) -> str:
         "| start to first step | Fitout takes | largest loss gap |\n|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([head, *(_row(result, side) for side in ("fitout", "trl default", "trl best"))])
+
+
+def _planner(result: dict[str, Any]) -> str:
+    """Errors of both halves, and of the held-out half by method and precision."""
+    machine, rows = result["machine"], result["rows"]
+    lines = [
+        f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}; {machine['when']}.\n",
+        "| | configurations | memory off by, median | 9 of 10 within | within 10 % "
+        "| time off by, median | 9 of 10 within | within 20 % |\n|---|---|---|---|---|---|---|---|",
+        *(_errors(half, [row for row in rows if row["held_out"] == (half == "held out")])
+          for half in ("calibration", "held out")),
+    ]  # fmt: skip
+    groups = sorted({(row["method"]["kind"], row["train"]["precision"]) for row in rows})
+    for group in groups:
+        some = [r for r in rows if (r["method"]["kind"], r["train"]["precision"]) == group and r["held_out"]]
+        if some:
+            lines.append(_errors(f"held out: {' '.join(group)}", some))
+    return "\n".join(lines)
+
+
+def _errors(name: str, rows: list[dict[str, Any]]) -> str:
+    cells = [name, str(len(rows))]
+    for key, target in (("peak_mb", 0.10), ("step_seconds", 0.20)):
+        sizes = sorted(abs(row["predicted"][key] / row["measured"][key] - 1) for row in rows)
+        within = sum(size <= target for size in sizes)
+        nine = sizes[int(0.9 * (len(sizes) - 1))]
+        cells += [f"{100 * median(sizes):.0f} %", f"{100 * nine:.0f} %", f"{within} of {len(sizes)}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def _row(result: dict[str, Any], side: str) -> str:

@@ -54,13 +54,12 @@ def packed_attention(
         )
     if segments is None:
         segments = (Segment(0, query.shape[2]),)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
     longest = max(segment.length for segment in segments)
     windowed = sliding_window is not None and longest > sliding_window
     if query.device.type == "cpu" and not dropout and not windowed and all(s.parent < 0 for s in segments):
         return _Documents.apply(query, key, value, segments, scaling), None
+    groups = query.shape[1] // key.shape[1]
+    key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
     lengths = [segment.length for segment in segments]
     queries, keys, values = query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)
     outputs = []
@@ -81,7 +80,8 @@ def packed_attention(
 class _Documents(torch.autograd.Function):
     """Causal attention of each document in turn, on a CPU.
 
-    PyTorch's own kernels, called on slices of one block, so that nothing is split, joined or zeroed around them.
+    PyTorch's own kernels, called on slices of one block, so that nothing is split, joined or zeroed around them, and
+    shared key/value heads are repeated for one document at a time.
     """
 
     @staticmethod
@@ -90,7 +90,7 @@ class _Documents(torch.autograd.Function):
         out = query.new_empty(batch, length, heads, value.shape[-1])
         norms = []
         for s in segments:
-            q, k, v = (x[:, :, s.start : s.end] for x in (query, key, value))
+            q, k, v = (_repeat_heads(x[:, :, s.start : s.end], heads // x.shape[1]) for x in (query, key, value))
             part, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
             out[:, s.start : s.end] = part.transpose(1, 2)
             norms.append(norm)
@@ -101,21 +101,25 @@ class _Documents(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         query, key, value, out, *norms = ctx.saved_tensors
-        grad, own = grads[0].transpose(1, 2), out.transpose(1, 2)
+        grad, own, heads = grads[0].transpose(1, 2), out.transpose(1, 2), query.shape[1]
         results = [torch.empty_like(x) for x in (query, key, value)]
         for s, norm in zip(ctx.segments, norms, strict=True):
             part = [x[:, :, s.start : s.end] for x in (grad, query, key, value, own)]
+            part = [_repeat_heads(x, heads // x.shape[1]) for x in part]
             if query.dtype == torch.bfloat16 and s.length <= WIDE_BACKWARD:
                 part = [x.float() for x in part]
             slopes = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *part, norm, 0.0, True, scale=ctx.scale
             )
             for whole, slope in zip(results, slopes, strict=True):
-                whole[:, :, s.start : s.end] = slope
+                groups = heads // whole.shape[1]
+                whole[:, :, s.start : s.end] = slope.unflatten(1, (-1, groups)).sum(2) if groups > 1 else slope
         return *results, None, None
 
 
 def _repeat_heads(states: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return states
     batch, heads, length, width = states.shape
     return states[:, :, None].expand(batch, heads, groups, length, width).reshape(batch, heads * groups, length, width)
 

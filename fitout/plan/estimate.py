@@ -18,7 +18,7 @@ from typing import Any
 from ..files import read_json
 from ..model.methods.cost import OPTIMIZER_BYTES, Cost, inputs_width
 from ..model.shape import Shape
-from .machine import Speed
+from .machine import Speed, threads
 from .work import MicroBatch, Work, mean
 
 MB = 2**20
@@ -91,7 +91,7 @@ def memory(shape: Shape, cost: Cost, setup: Setup, work: Work) -> Memory:
     loss = loss_bytes(shape, cost, setup, batch)
     held = gradients if work.most_micro_batches > 1 else 0.0  # before the first backward there are none
     ends = 4.0 * shape.head_weights if cost.trains_head else 0.0  # the embedding's gradient, dense, before it is added
-    kernels = kernel_bytes(setup, work)
+    kernels = kernel_bytes(shape, setup, work)
     moments = {
         "end of a forward": _terms(setup, kernels, parameters + copies, held, optimizer,
                                    activations + max(0.0, backward - loss), loss),
@@ -125,15 +125,16 @@ def _memory_constants(setup: Setup) -> dict[str, float]:
 SIZES_KEPT = 50  # different micro-batch sizes whose kernels oneDNN keeps (1,024 kernels, some twenty for each)
 
 
-def kernel_bytes(setup: Setup, work: Work) -> float:
-    """On a CPU, oneDNN compiles kernels for each new size of a micro-batch and each new length of a document, and keeps
-    them: much in bf16, hardly any in fp32 (measured)."""
+def kernel_bytes(shape: Shape, setup: Setup, work: Work) -> float:
+    """On a CPU, bf16 products compile kernels for each new size of a micro-batch (linear layers), and for each new
+    length of a document in every thread that computes a head of its attention; all are kept. fp32 has none (measured).
+    """
     if setup.device == "cuda":
         return 0.0
     known = _memory_constants(setup)
     looked = [one.tokens for step in work.steps for one in step]
     sizes = min(SIZES_KEPT, round(len(set(looked)) * max(1.0, work.total_steps / len(work.steps))))
-    return MB * (known["size_mb"] * sizes + known["length_mb"] * work.lengths)
+    return MB * (known["size_mb"] * sizes + known["length_mb"] * work.lengths * min(shape.heads, threads()))
 
 
 def sharded(parameters: float, gradients: float, optimizer: float, stage: int, devices: int) -> tuple[float, ...]:
@@ -233,7 +234,8 @@ def features(
     shape: Shape, cost: Cost, setup: Setup, step: tuple[MicroBatch, ...], speed: Speed, fresh: float = 0.0
 ) -> dict[str, float]:
     """What a step's time is made of: seconds at the probed speed (products, thin, attention, moving, updates), and
-    counts of calls (documents, layers, micro-batches, `fresh` document lengths never met before) that cost a time each.
+    counts of calls (documents and their heads, layers, micro-batches, `fresh` document lengths never met before) that
+    cost a time each.
     """
     tokens, targets = sum(b.tokens for b in step), sum(b.targets for b in step)
     largest = max((b.tokens for b in step), default=1)
@@ -259,6 +261,7 @@ def features(
         "moving": (moved + 12 * targets * shape.vocab) / bytes_per_second,
         "updates": (cost.trained * optimizer + copies + accumulated) / bytes_per_second + len(step) * once,
         "documents": float(sum(len(b.lengths) for b in step) * forwards),
+        "heads": float(sum(len(b.lengths) for b in step) * forwards * shape.heads),
         "layers": float(len(step) * (forwards * 10 + cost.layers * cost.calls)),
         "micro_batches": float(len(step)),
         "fresh": fresh,

@@ -120,6 +120,11 @@ def free_memory() -> int:
     return available + resident
 
 
+def threads() -> int:
+    """How many threads torch computes with, without asking it."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
 class Probe:
     """The speed of the machine at hand, measured in the sizes that are asked for and remembered in home()/speeds.json.
 
@@ -178,7 +183,7 @@ def _time_product(kind: str, inputs: int, outputs: int, rows: int, precision: st
     def once() -> None:
         (x @ w.t()) @ w
 
-    return 4 * inputs * outputs * rows / _median_seconds(once, kind)
+    return 4 * inputs * outputs * rows / _best_seconds(once, kind)
 
 
 def _time_vectors(kind: str) -> float:
@@ -186,10 +191,11 @@ def _time_vectors(kind: str) -> float:
 
     x = torch.randn(4_000_000, device=kind)  # 16 MB: larger than a core's own cache, as activations are
 
-    return 2 * 4 * x.numel() / _median_seconds(lambda: x.mul(1.0), kind)
+    return 2 * 4 * x.numel() / _best_seconds(lambda: x.mul(1.0), kind)
 
 
-def _median_seconds(once, kind: str) -> float:  # type: ignore[no-untyped-def]
+def _best_seconds(once, kind: str) -> float:  # type: ignore[no-untyped-def]
+    """The quickest of some rounds: what else runs on the machine only ever adds."""
     import torch
 
     taken = []
@@ -199,4 +205,4 @@ def _median_seconds(once, kind: str) -> float:  # type: ignore[no-untyped-def]
         if kind == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    return sorted(taken[1:])[Probe.ROUNDS // 2]
+    return min(taken[1:])

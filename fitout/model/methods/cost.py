@@ -100,7 +100,8 @@ def lora(
     train_also: Sequence[str] = (),
 ) -> Cost:
     """A and B of rank r beside each targeted matrix (Hu et al., arXiv 2106.09685): r (in + out) numbers, 6 FLOPs each a
-    token; x A^T is kept."""
+    token; x A^T is kept. The input of the layer
+    after a gated product is not: it is formed again (model/fuse.py)."""
     chosen = [(linear, _rank_of(linear, rank_pattern or {}, rank)) for linear in targeted(shape, targets)]
     numbers = sum(r * (linear.inputs + linear.outputs) for linear, r in chosen)
     also = sum(size for name, size in shape.tensors() if _named(name, train_also))
