@@ -1,23 +1,32 @@
-"""Writes the table in README.md from results/*.json: `python -m benchmarks.table`."""
+"""Writes the tables in README.md from results/*.json: `python -m benchmarks.table`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py
 
 
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
-    parts = [_section(result) for result in results if not result["quick"]]
+    results = {path.name: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+    real = results.pop(REAL, None)
+    parts = [_section(result) for result in results.values() if not result["quick"]]
+    _put("table", "\n\n".join(parts or ["No full run yet."]))
+    _put("real input", _real_input(real) if real else "No run yet.")
+
+
+def _put(name: str, text: str) -> None:
+    """Puts `text` between the markers of that name in README.md."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts or ["No full run yet."]) + "\n\n" + END + after)
+    before, rest = readme.read_text().split(begin)
+    after = rest.split(end)[1]
+    readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def _section(result: dict[str, Any]) -> str:
@@ -57,6 +66,75 @@ def _row(result: dict[str, Any], side: str) -> str:
         f"| {mid('start_to_first_step_s'):.1f} s | {ratio('start_to_first_step_s')} "
         f"| {format(parity['largest_gap'], '.1e') if parity else ''} |"
     )
+
+
+# real input
+
+
+def _real_input(result: dict[str, Any]) -> str:
+    machine, cases = result["machine"], result["cases"]
+    checks = [held for case in cases.values() for held in case["checks"].values()]
+    head = (
+        f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, transformers "
+        f"{machine['transformers']}, peft {machine['peft']}; {machine['when']}. "
+        f"{sum(checks)} of {len(checks)} checks held."
+    )
+    rows = _lines(
+        "| run | rows read | kept | removed | quarantined |",
+        (_counted(name, case["rows"]) for name, case in cases.items()),
+    )
+    gains = _lines(
+        "| run | steps | validation loss | token F1 | ROUGE-L | perplexity of another text | time |",
+        (_gained(name, case) for name, case in cases.items()),
+    )
+    files = _lines(
+        "| run | folder | compared with | largest difference of logits | relative | same likeliest token |",
+        (_judged(name, case["plain"]) for name, case in cases.items()),
+    )
+    kills = _lines(
+        "| run | killed after step | went on from | same weights (SHA-256) | same losses |",
+        (_killed(name, kill) for name, case in cases.items() for kill in case["kills"]),
+    )
+    return "\n\n".join([head, rows, gains, files, kills])
+
+
+def _lines(head: str, rows: Iterable[str]) -> str:
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
+
+
+def _counted(name: str, rows: dict[str, Any]) -> str:
+    def reasons(counts: dict[str, int]) -> str:
+        return ", ".join(f"{count:,} {why}" for why, count in counts.items()) or "0"
+
+    kept = " + ".join(f"{rows['kept'][part]:,}" for part in ("train", "validation", "test"))
+    return f"| {name} | {rows['read']:,} | {kept} | {reasons(rows['removed'])} | {reasons(rows['quarantined'])} |"
+
+
+def _gained(name: str, case: dict[str, Any]) -> str:
+    def pair(score: dict[str, Any] | None) -> str:
+        return f"{score['base']:.1f} -> {score['tuned']:.1f}" if score else "-"
+
+    training, scores = case["training"], case["scores"]
+    return (
+        f"| {name} | {training['steps']} | {training['base_loss']:.2f} -> {training['best_loss']:.2f} "
+        f"| {pair(scores.get('f1'))} | {pair(scores.get('rougeL'))} | {pair(case['retention']['perplexity'])} "
+        f"| {case['seconds']:.0f} s |"
+    )
+
+
+def _judged(name: str, plain: dict[str, Any]) -> str:
+    if plain["against"] == "base":
+        return f"| {name} | `{plain['folder']}/` | loads whole, no tensor missing | | | |"
+    return (
+        f"| {name} | `{plain['folder']}/` | {plain['against']} in peft | {plain['max_abs']:.1e} "
+        f"| {plain['max_relative']:.1e} | {100 * plain['same_argmax']:.2f} % |"
+    )
+
+
+def _killed(name: str, kill: dict[str, Any]) -> str:
+    came_back = ", ".join(map(str, kill["went_on_from"]))
+    weights = f"yes, `{kill['sha256'][:12]}`" if kill["same_weights"] else "NO"
+    return f"| {name} | {kill['killed_at']} | {came_back} | {weights} | {'yes' if kill['same_losses'] else 'NO'} |"
 
 
 if __name__ == "__main__":

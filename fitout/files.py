@@ -38,24 +38,30 @@ def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """Opens `path` for writing so that readers see the old content or the new, never a part.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a sibling name to write to; when the block ends well it is synced and renamed over `path`.
 
-    The data go to a sibling, are synced, and renamed over `path`. On any error the sibling is removed.
+    Readers see the old content or the new, never a part. On any error the sibling is removed.
     """
     path = Path(path)
     staging = path.with_name(f".{path.name}.{os.getpid()}.part")
     with explain_os_errors(path, "write"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(staging, "wb") as file:
-                yield file
-                file.flush()
+            yield staging
+            with open(staging, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(staging, path)
             sync_folder(path.parent)
         finally:
             staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
+    """Opens `path` for writing so that readers see the old content or the new, never a part (see atomic_path)."""
+    with atomic_path(path) as staging, open(staging, "wb") as file:
+        yield file
 
 
 @contextmanager

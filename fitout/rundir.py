@@ -100,6 +100,10 @@ class RunDir:
     def predictions(self) -> Path:
         return self.evaluation / "predictions.jsonl"
 
+    @property
+    def retention(self) -> Path:
+        return self.evaluation / "retention.jsonl"
+
     def exists(self) -> bool:
         return self.status.exists()
 

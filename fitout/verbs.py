@@ -5,7 +5,9 @@ run = prepare -> train -> evaluate -> merge, going on where it stopped
 
 from __future__ import annotations
 
+import gc
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .evaluate.suite import EvaluationResult
     from .export.bundle import Exported
+    from .plan.planner import Plan
     from .train.listeners import Listener
     from .train.loop import Progress
 
@@ -61,6 +64,7 @@ def run(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | None 
     screen = screen or Screen()
     directory = run_directory(recipe, out)
     _check_retention(recipe)
+    recipe = _with_method(recipe, directory, screen)
     with _working(directory, recipe, screen):
         _train(recipe, directory, screen, resume=True)
         if _main_process():
@@ -84,6 +88,7 @@ def train(
             hint="Go on with --resume, or choose another name or --out.",
         )
     screen = screen or Screen()
+    recipe = _with_method(recipe, directory, screen)
     with _working(directory, recipe, screen):
         _train(recipe, directory, screen, resume=resume)
     return directory
@@ -96,6 +101,51 @@ def prepare(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | N
     with _working(directory, recipe, screen):
         _prepare(recipe, directory, _open_chat(recipe), screen)
     return directory
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    devices: int = 1,
+    length: int | None = None,
+    samples: int | None = None,
+    out: str | Path | None = None,
+    screen: Screen | None = None,
+) -> Plan:
+    """Memory and time of every method, before anything is loaded: on this machine, or on the named card.
+
+    Lengths come from the run's prepared data when they are there, else from tokenising the sources (the first rows of
+    large ones), or with `length` from a given average. Raises RequestError for a device that is not known.
+    """
+    from .model.methods import METHODS
+    from .model.precision import best_device, decide
+    from .plan.history import past_error
+    from .plan.machine import machine
+    from .plan.planner import make_plan
+
+    screen = screen or Screen()
+    on = machine(device)
+    shape = _shape(recipe)
+    asked = recipe.train.precision
+    if asked == "auto" and on.kind == "cuda":
+        asked = "bf16" if on.bf16 else "fp16"
+    kind = decide(asked, best_device(), width=shape.hidden).kind if on.kind == "cpu" else asked
+    chosen = recipe.method if recipe.method.kind != "auto" else METHODS[-1]()
+    settings = {one.model_fields["kind"].default: one() for one in METHODS} | {chosen.kind: chosen}
+    with _plan_data(recipe, run_directory(recipe, out), length, samples, screen) as (batches, share):
+        found = make_plan(
+            shape,
+            {name: one.cost(shape) for name, one in settings.items()},
+            chosen.kind,
+            recipe.train,
+            kind,
+            _work_at(recipe, batches, share),
+            on,
+            devices=devices,
+            past=past_error(on.name) if on.measured else None,
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -129,8 +179,64 @@ def merge(directory: RunDir, *, screen: Screen | None = None) -> Path:
     """The adapter folded into the base, in merged/; refused when the logits change."""
     recipe = recipe_of(directory)
     screen = screen or Screen()
+    reason = _unmergeable(recipe)
+    if reason:
+        raise RequestError(
+            f"what {recipe.method.kind} trained cannot be merged: {reason}",
+            where=str(directory.path),
+            harm="A plain model folder would be another model.",
+            hint=f"Use base and adapter: fitout chat {directory.path}, fitout serve {directory.path}.",
+        )
     with _working(directory, recipe, screen):
         return _merge(recipe, directory, screen, again=True)
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str] = (),
+    *,
+    seeds: int = 3,
+    budget: str | None = None,
+    lrs: Sequence[str] = (),
+    out: str | Path | None = None,
+    screen: Screen | None = None,
+) -> dict[str, Any]:
+    """The same budget for each method, with a learning rate chosen for each; a ranking of what was shown.
+
+    `methods` are kinds (all of them when none is named), `budget` is as in `fitout compare --budget` (the recipe's own
+    length when None), `lrs` as in `--lrs`. Returns what compare.json holds; the page is beside it. Called again, it
+    goes on where it stopped.
+    """
+    from .evaluate.compare_page import write_comparison
+    from .trials import Trials, parse_budget, parse_rates
+
+    screen = screen or Screen()
+    kinds = _kinds(methods)
+    rates = parse_rates(lrs, kinds)
+    allowed = parse_budget(budget) if budget else None
+    _require_one_process()
+    _check_retention(recipe)
+    common = _common_recipe(recipe)
+    entries = [_entry(recipe, kind, rates.get(kind, rates.get("")), screen) for kind in kinds]
+    trials = Trials(
+        Path(out) if out else Path("runs") / f"{recipe.name}-compare",
+        lambda trial: _trial_recipe(common, trial, next(e.settings for e in entries if e.kind == trial.method)),
+        screen.say,
+        screen.evaluation_progress,
+    )
+    with trials.owned({"recipe": common.model_dump(mode="json"), "budget": budget, "learning rates": rates}):
+        trials.prepare(common.to_yaml())
+        _require_held_out(trials.prepared, sweeps=any(len(entry.rates or ()) != 1 for entry in entries))
+        steps = _steps(recipe, trials.prepared, allowed, screen)
+        minutes = allowed.amount if allowed and allowed.kind == "minutes" else 0.0
+        seeded = list(range(recipe.train.seed, recipe.train.seed + seeds))
+        raced = {entry.kind: trials.race(entry, seeded, steps, minutes) for entry in entries}
+        result = {
+            **_comparison(recipe, trials, raced, seeded),
+            "budget": str(allowed or f"{steps:,} steps"),
+            "command": _again(trials, kinds, seeds, budget, lrs),
+        }
+        return write_comparison(result, trials.page, trials.result)
 
 
 def combine(
@@ -237,6 +343,7 @@ def can_load(what: str | Path, *, trust_remote_code: bool = False) -> dict[str, 
 
 def open_engine(what: str | Path, *, adapter: str | None = None, precision: str = "auto") -> Engine:
     """A model, a run or `embedded:shell`, ready to talk."""
+    _import_libraries()
     from .engine import Engine
 
     return Engine.open(what, adapter=adapter, precision=precision)
@@ -259,6 +366,7 @@ def recipe_of(directory: RunDir) -> Recipe:
 @contextmanager
 def _working(directory: RunDir, recipe: Recipe, screen: Screen) -> Iterator[None]:
     """Owns the directory, records what is asked and how it ended."""
+    _import_libraries()
     if not _main_process():  # ranks other than the first read what the first one writes
         yield
         return
@@ -280,6 +388,20 @@ def _working(directory: RunDir, recipe: Recipe, screen: Screen) -> Iterator[None
         status = directory.read_status()
         if status["status"] == "running":
             directory.update_status(status=status.get("reached", "prepared"), error=None)
+
+
+def _import_libraries() -> None:
+    """torch and transformers, with the garbage collector paused: a quarter of their import goes into looking through
+    objects that all stay (measured 2.7 -> 2.1 s). What they made is then left out of later collections."""
+    if "transformers.modeling_utils" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+        from transformers import AutoTokenizer, PreTrainedModel  # noqa: F401
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def _agree(directory: RunDir, recipe: Recipe) -> None:
@@ -322,6 +444,192 @@ def _versions() -> dict[str, str]:
     return {"fitout": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
 
 
+# the plan
+
+
+def _with_method(recipe: Recipe, directory: RunDir, screen: Screen) -> Recipe:
+    """`method: auto` replaced by what the planner chooses, or chose when this run began."""
+    import os
+
+    if recipe.method.kind != "auto":
+        return recipe
+    if directory.recipe.exists() and (begun := recipe_of(directory)).method.kind != "auto":
+        return recipe.model_copy(update={"method": begun.method})
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RequestError(
+            "method: auto is for one process",
+            where="method",
+            harm="Ranks could choose differently.",
+            hint="See what fits with `fitout plan --devices N`, and name the method.",
+        )
+    from .model.methods import METHODS
+    from .plan.planner import choose
+
+    found = plan(recipe, out=directory.path, screen=screen)
+    kind, reasons = choose(found, found.chosen.precision)
+    screen.say(f"method: auto takes {kind}")
+    for reason in reasons:
+        screen.say(f"  {reason}")
+    [settings] = [one for one in METHODS if one.model_fields["kind"].default == kind]
+    return recipe.model_copy(update={"method": settings()})
+
+
+def _shape(recipe: Recipe) -> Any:
+    from .model.load import resolve
+    from .model.shape import read_shape
+
+    return read_shape(resolve(recipe.model.base).base, revision=recipe.model.revision)
+
+
+def _work_at(recipe: Recipe, batches: Any, share: float = 1.0) -> Callable[[int, int], Any]:
+    """The work of a run for a micro-batch size and a number of ranks; each is laid out once."""
+    from functools import lru_cache
+
+    from .plan.work import work_of
+
+    @lru_cache
+    def at(budget: int, ranks: int) -> Any:
+        train = recipe.train
+        return work_of(batches, budget=budget, epochs=train.epochs, max_steps=train.max_steps, ranks=ranks, share=share)
+
+    return at
+
+
+PLANNED_ROWS = 2000  # of a source that are tokenised for a plan when nothing is prepared
+
+
+@contextmanager
+def _plan_data(
+    recipe: Recipe, directory: RunDir, length: int | None, samples: int | None, screen: Screen
+) -> Iterator[tuple[Any, float]]:
+    """Batches like the run's, and the share of its samples that they hold."""
+    import tempfile
+
+    from .data.store import open_prepared
+    from .plan.work import AverageLength
+
+    if length is not None:
+        part = AverageLength(min(length, recipe.data.max_length), recipe.data.max_length)
+        screen.say(f"lengths are not known: {length} tokens a sample on average are assumed")
+        yield _batches(recipe, part), len(part) / samples if samples else 1.0
+        return
+    ready = open_prepared(directory.data)
+    if ready is not None:
+        yield _batches(recipe, ready.part("train")), 1.0
+        return
+    quick, share = _first_rows(recipe)
+    with tempfile.TemporaryDirectory(prefix="fitout-plan-") as folder:
+        prepared, _ = _prepare(quick, RunDir(Path(folder)), _open_chat(recipe), Screen())
+        if share < 1:
+            screen.say(f"lengths are of the first {PLANNED_ROWS:,} rows of each source ({100 * share:.0f} % of all)")
+        yield _batches(recipe, prepared.part("train")), share
+
+
+def _first_rows(recipe: Recipe) -> tuple[Recipe, float]:
+    """The recipe with each source limited to PLANNED_ROWS, and the share of all rows that these are."""
+    from .data import HUB_ID
+    from .data.sources import read
+
+    sources, taken, there = [], 0, 0
+    for source in recipe.data.sources:
+        limited = source.model_copy(update={"limit": min(source.limit or PLANNED_ROWS, PLANNED_ROWS)})
+        rows = PLANNED_ROWS if HUB_ID.fullmatch(source.path) else sum(1 for _ in read(source, Path()))
+        sources.append(limited)
+        there += rows
+        taken += min(rows, PLANNED_ROWS)
+    data = recipe.data.model_copy(update={"sources": sources})
+    return recipe.model_copy(update={"data": data}), taken / there if there else 1.0
+
+
+def _batches(recipe: Recipe, part: Any) -> Any:
+    """The run's batches; prefixes are shared where that saves, as in training."""
+    from .data.batches import Batches
+
+    train, packing = recipe.train, recipe.data.packing
+    batches = Batches(
+        part, batch_size=train.batch_size, batch_tokens=train.batch_tokens, seed=train.seed, packing=packing,
+        share=packing,
+    )  # fmt: skip
+    if packing:
+        batches.share = _sharing_pays(*batches.saving(min(train.max_steps or 20, 20), budget=4096))
+    return batches
+
+
+def _sharing_pays(apart: int, computed: int) -> bool:
+    return computed < 0.95 * apart
+
+
+def _forecast(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: int, screen: Screen) -> Any:
+    """What this training will need, told before it begins. A model that the planner does not know has no forecast."""
+    from .errors import ModelError
+    from .model.methods.cost import with_embeddings
+    from .plan.estimate import MB
+    from .plan.machine import here
+    from .plan.planner import advice, look, setup_of
+
+    try:
+        shape = _shape(recipe)
+    except ModelError as error:
+        screen.say(f"no plan: {error.message}")
+        return None
+    machine = here()
+    cost = recipe.method.cost(shape)
+    cost = with_embeddings(cost, shape) if grown else cost
+    work_at = _work_at(recipe, _batches(recipe, part))
+    setup = setup_of(recipe.train, precision, machine.kind, devices=ranks)
+    row = look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine)
+    fixed = row.memory.terms["framework"] + row.memory.terms["weights"]
+    if fixed > machine.memory:
+        raise RequestError(
+            f"the weights alone need {fixed / MB:,.0f} MB, and {machine.memory / MB:,.0f} MB are there",
+            where=recipe.model.base,
+            harm="The process would be killed while loading.",
+            hint="Take a smaller base model or a 4-bit base; `fitout plan` shows what fits.",
+        )
+    if not row.fits:
+        for line in advice(shape, cost, row, [], recipe.train, work_at, machine):
+            screen.say(f"warning: {line}")
+    return {
+        "machine": machine.name,
+        "method": recipe.method.kind,
+        "precision": precision,
+        "parameters": shape.parameters,
+        "predicted": {
+            "peak_mb": round((row.memory.peak if machine.kind == "cpu" else row.memory.allocated) / MB),
+            "step_seconds": float(f"{row.step_seconds:.4g}"),
+            "moment": row.memory.moment,
+            "terms_mb": {name: round(size / MB) for name, size in row.memory.terms.items()},
+        },
+    }
+
+
+def _compare(directory: RunDir, forecast: Any, before_mb: int, device: Any, whole: bool) -> str:
+    """Predicted and measured side by side into run.json and, for a whole run, into the history. One line for people."""
+    from .files import read_jsonl
+    from .plan.history import remember
+    from .train.loop import memory_mb
+
+    steps = [row for row in read_jsonl(directory.log) if "event" not in row]
+    steps = steps[1:] if len(steps) > 2 else steps  # the first warms up
+    taken = [row["tokens"] / row["tokens_per_second"] for row in steps if row["tokens_per_second"]]
+    peak = memory_mb(device)
+    measured = {
+        "peak_mb": peak if peak > before_mb else None,  # else something before the training took more
+        "step_seconds": float(f"{sum(taken) / len(taken):.4g}") if taken else None,
+    }
+    predicted = forecast["predicted"]
+    directory.update_status(plan={**forecast, "measured": measured})
+    if whole:
+        remember({**forecast, "measured": measured, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    parts = [
+        f"{what} {predicted[key]:,g} {unit} predicted, {measured[key]:,g} measured "
+        f"({100 * (predicted[key] / measured[key] - 1):+.0f} %)"
+        for what, key, unit in (("peak memory", "peak_mb", "MB"), ("a step", "step_seconds", "s"))
+        if measured[key]
+    ]
+    return "plan: " + "; ".join(parts)
+
+
 # the steps of a run
 
 
@@ -346,7 +654,7 @@ def _prepare(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) -> t
     for note in chat.notes:
         screen.say(note)
     prepared, report = prepare(
-        recipe.data, chat, recipe.objective.wants, directory, seed=recipe.train.seed, progress=screen.data_progress
+        recipe.data, chat, recipe.objective.wants, directory, seed=_split_seed(recipe), progress=screen.data_progress
     )
     screen.say(summary(report))
     for what in ("quarantined", "removed", "repaired"):
@@ -355,11 +663,18 @@ def _prepare(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) -> t
     part = report["parts"]["train"]
     share = 100 * part["supervised"] / max(1, part["tokens"])
     screen.say(f"training tokens: {part['tokens']:,}, of them trained {part['supervised']:,} ({share:.0f} %)")
+    for name in ("validation", "test"):
+        if getattr(recipe.data.split, name) and not report["kept"][name]:
+            screen.say(f"no sample is in the {name} part (too few to split); a source of its own has `split: {name}`")
     if part["no_end"]:
         screen.say(f"{part['no_end']:,} training samples end without a trained end of turn (cut to max_length)")
     if _main_process():
         directory.update_status(data_fingerprint=prepared.fingerprint)
     return prepared, report
+
+
+def _split_seed(recipe: Recipe) -> int:
+    return recipe.train.seed if recipe.data.split_seed is None else recipe.data.split_seed
 
 
 def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -> None:
@@ -368,13 +683,15 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
 
     from .data.batches import Batches
     from .model import methods
+    from .model.fuse import fuse
     from .model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
-    from .model.methods.base import count, trainable
+    from .model.methods.base import count, raise_to_fp32, trainable
     from .model.precision import best_device, decide
     from .objectives import create
     from .train.backend import Backend
     from .train.listeners import make_listeners
-    from .train.loop import Job, fit
+    from .train.loop import Job, fit, memory_mb
+    from .train.optim import optimizer_notes
 
     chat = _open_chat(recipe)
     parts = resolve(recipe.model.base)
@@ -395,8 +712,6 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         kind = precision.kind
     kind = backend.agree(kind, tuple(DTYPES))
     method = methods.create(recipe.method)
-    stored_low = method.frozen_base and not chat.grown  # trained embeddings stay in fp32, as full weights do
-    backend.compute_in(kind, autocast=not stored_low)
 
     if backend.main:
         prepared, report = _prepare(recipe, directory, chat, screen)
@@ -416,9 +731,13 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         backend.close()
         return
 
+    forecast = None
+    if backend.main:
+        forecast = _forecast(recipe, batches.part, kind, chat.grown, backend.ranks, screen)
+    before_mb = memory_mb(device)
     model = load_base(
         parts.base,
-        dtype=DTYPES[kind] if stored_low else torch.float32,
+        dtype=DTYPES[kind] if method.frozen_base else torch.float32,
         packed=recipe.data.packing,
         device=device,
         extra=method.load_kwargs(DTYPES[kind]),
@@ -432,12 +751,19 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         _go_on_from(recipe, model, method)
     else:
         method.apply(model)
+    raised = raise_to_fp32(trainable(model))  # what is trained of the base itself stays in fp32
+    backend.compute_in(kind, autocast=raised or not method.frozen_base)
     _require_context(model, recipe, report)
+    fuse(model)
 
     lr = recipe.train.lr or recipe.method.default_lr
     trained = count(trainable(model))
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole = method.size(model)
     screen.say(f"{recipe.method.kind}: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2f} %)")
+    if method.held:
+        screen.say(f"the base is held {method.held}; evaluation, chat and serving hold it so too")
+    for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
+        screen.say(note)
     _tell_sharing(batches, total, screen)
     job = Job(
         model=model,
@@ -457,7 +783,7 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
             precision=kind, device=str(device), hardware=_hardware(), total_steps=total, ranks=backend.ranks
         )
     listeners = [*make_listeners(recipe.train.listeners, directory), *screen.listeners()]
-    started = time.time()
+    started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
     progress = fit(job, backend, listeners, resume=resume)
     if backend.main:
         _save_trained(recipe, directory, method, model, chat)
@@ -469,6 +795,8 @@ def _train(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -
         _describe_trained(recipe, directory)
         for line in _told(progress, directory):
             screen.say(line)
+        if forecast:
+            screen.say(_compare(directory, forecast, before_mb, device, whole=not resumed))
     backend.close()
 
 
@@ -519,7 +847,7 @@ def _tell_sharing(batches: Any, total: int, screen: Screen) -> None:
         return
     looked = min(total, 20)
     apart, computed = batches.saving(looked, budget=4096)
-    batches.share = computed < 0.95 * apart
+    batches.share = _sharing_pays(apart, computed)
     if batches.share:
         screen.say(f"shared prefixes: {apart:,} -> {computed:,} tokens in the first {looked} steps")
 
@@ -625,6 +953,7 @@ def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool 
     from .data.prepare import test_conversations
     from .evaluate import report as pages
     from .evaluate.suite import evaluate
+    from .model.methods import saved_in
 
     if (
         directory.evaluation_report.exists()
@@ -634,6 +963,9 @@ def _evaluate(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool 
         screen.say("evaluation is complete already")
         return None
     conversations = test_conversations(directory)
+    held = saved_in(directory.adapter).held if directory.adapter.exists() else None
+    if held:
+        screen.say(f"base and tuned model answer with the base held {held}")
     result = evaluate(
         lambda: _base_engine(recipe, directory),
         lambda: _tuned_engine(recipe, directory),
@@ -667,7 +999,13 @@ def _base_engine(recipe: Recipe, directory: RunDir) -> Iterator[Engine]:
     trained = directory.adapter if directory.adapter.exists() else directory.model
     chat = open_chat(trained)
     precision = _inference_precision(directory)
-    model = open_model(recipe.model.base, adapter=recipe.model.adapter, precision=precision, **_source(recipe))
+    model = open_model(
+        recipe.model.base,
+        adapter=recipe.model.adapter,
+        precision=precision,
+        like=directory.adapter if directory.adapter.exists() else None,
+        **_source(recipe),
+    )
     grow_vocabulary(model, len(chat.tokenizer))
     yield Engine(model, chat)
 
@@ -767,6 +1105,11 @@ def _data_counts(report: dict[str, Any]) -> dict[str, Any]:
 def _merge(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = False) -> Path:
     from .export.merge import merge_run
 
+    reason = _unmergeable(recipe)
+    if reason:
+        screen.say(f"not merged: {reason}; the adapter is in {directory.adapter}, over {_base_name(recipe)}")
+        directory.update_status(not_merged=reason)
+        return directory.adapter
     if not directory.adapter.exists():
         screen.say("nothing to merge: the method trained the model itself, it is in model/")
         return directory.model
@@ -774,12 +1117,181 @@ def _merge(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = F
         (directory.merged / "config.json").exists()
         and not again
         and directory.read_status().get("merged_steps") == (directory.read_status().get("trained_steps"))
+        and directory.read_status().get("merged_into", recipe.export.merge_into) == recipe.export.merge_into
     ):
         screen.say("the merged model is there already")
         return directory.merged
-    difference = merge_run(directory, recipe)
+    difference = merge_run(directory, recipe, screen.say)
     screen.say(f"merged: largest difference of logits on probes {difference:.2g} ({directory.merged})")
     directory.update_status(
-        reached="merged", merge_difference=difference, merged_steps=directory.read_status().get("trained_steps")
+        reached="merged",
+        merge_difference=difference,
+        merged_into=recipe.export.merge_into,
+        merged_steps=directory.read_status().get("trained_steps"),
     )
     return directory.merged
+
+
+def _unmergeable(recipe: Recipe) -> str | None:
+    """Why what the recipe's method trains cannot be folded into the base, when it cannot."""
+    from .model import methods
+
+    return methods.create(recipe.method).unmergeable
+
+
+# the parts of a comparison
+
+
+def _kinds(methods: Sequence[str]) -> list[str]:
+    """The methods to compare, each once; raises RequestError for a kind that the door does not know."""
+    from difflib import get_close_matches
+
+    known = list(_method_classes())
+    for kind in methods:
+        if kind not in known:
+            near = get_close_matches(kind, known, 1)
+            raise RequestError(
+                f"there is no method {kind!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                where="--methods",
+                hint=f"Known: {', '.join(known)}",
+            )
+    return list(dict.fromkeys(methods or known))
+
+
+def _method_classes() -> dict[str, Any]:
+    from .model.methods import METHODS
+
+    return {settings.model_fields["kind"].default: settings for settings in METHODS}
+
+
+def _require_one_process() -> None:
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RequestError(
+            "fitout compare starts a process for each run itself",
+            harm="Every rank would start all of them.",
+            hint="Call it without torchrun.",
+        )
+
+
+def _common_recipe(recipe: Recipe) -> Recipe:
+    """What all runs share. The split keeps its seed while train.seed changes; no run stops early, or it would use less
+    than its budget; the rate is each method's own; nothing is merged."""
+    train: dict[str, Any] = {"lr": None, "patience": None, "listeners": []}
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"split_seed": _split_seed(recipe)}),
+            "train": recipe.train.model_copy(update=train),
+            "export": recipe.export.model_copy(update={"merge": False}),
+        }
+    )
+
+
+def _entry(recipe: Recipe, kind: str, rates: list[float] | None, screen: Screen) -> Any:
+    """A method with its settings: the recipe's own where it is the recipe's kind; else the kind's defaults, with what
+    the recipe sets under keys that mean the same (rank, targets) carried over."""
+    from .trials import Entry
+
+    cls, own = _method_classes()[kind], recipe.method
+    settings: Any = own
+    if kind != own.kind:
+        mine, theirs = cls.model_fields, type(own).model_fields
+        same = {
+            key: getattr(own, key)
+            for key in sorted(own.model_fields_set - {"kind"})
+            if key in mine and mine[key].annotation == theirs[key].annotation
+        }
+        settings = cls(**same)
+        if same:
+            shown = ", ".join(f"{key} {value}" for key, value in same.items())
+            screen.say(f"{kind}: {shown} as in the recipe's {own.kind}, for the rest its defaults")
+    return Entry(kind, settings.model_dump(mode="json"), settings.default_lr, rates)
+
+
+def _trial_recipe(common: Recipe, trial: Any, settings: dict[str, Any]) -> str:
+    """The recipe of one run of a comparison."""
+    raw = common.model_dump(mode="json")
+    raw["name"] = f"{common.name}-{trial.method}"
+    raw["method"] = settings
+    raw["train"].update(max_steps=trial.steps, seed=trial.seed, lr=trial.lr)
+    return build(raw).to_yaml()
+
+
+def _require_held_out(prepared: RunDir, *, sweeps: bool) -> None:
+    """Rates are chosen on the validation part, and methods compared on the test part: both must have rows."""
+    parts = read_json(prepared.data_report)["parts"]
+    if sweeps and not parts["validation"]["rows"]:
+        raise RequestError(
+            "there is no validation row to choose learning rates on",
+            where="data.split.validation",
+            harm="Choosing on the test part would make its scores worth nothing.",
+            hint="Give validation a share of the split, or one rate for each method: --lrs lora=2e-4 --lrs full=2e-5",
+        )
+    if not prepared.test_rows.exists() or not prepared.test_rows.stat().st_size:
+        raise RequestError(
+            "there is no test question to compare methods on",
+            where="data.split.test",
+            hint="Give test a share of the split, or a source of its own with `split: test`.",
+        )
+
+
+def _steps(recipe: Recipe, prepared: RunDir, budget: Any, screen: Screen) -> int | None:
+    """The budget in optimizer steps; None for minutes, which each method's own speed turns into steps."""
+    from .data.batches import Batches
+    from .data.store import Prepared
+
+    if budget and budget.kind == "minutes":
+        return None
+    if budget and budget.kind == "steps":
+        return int(budget.amount)
+    part = Prepared(prepared.data, "").part("train")
+    train = recipe.train
+    batches = Batches(part, batch_size=train.batch_size, batch_tokens=train.batch_tokens, seed=train.seed)
+    if not budget:
+        return train.max_steps or batches.steps_in(train.epochs)
+    mean = int(part.lengths.sum()) / batches.steps_in(1)
+    steps = max(1, round(budget.amount / mean))
+    screen.say(f"{budget}: {steps:,} steps of {mean:,.0f} tokens on average")
+    return steps
+
+
+def _again(trials: Any, kinds: Sequence[str], seeds: int, budget: str | None, lrs: Sequence[str]) -> str:
+    """The command that makes (or goes on with) this comparison."""
+    import shlex
+
+    words = ["fitout", "compare", str(trials.folder / "recipes" / "prepared.yaml"), "--methods", ",".join(kinds)]
+    words += ["--seeds", str(seeds), *(["--budget", budget] if budget else [])]
+    words += [word for one in lrs for word in ("--lrs", one)]
+    return shlex.join([*words, "--out", str(trials.folder)])
+
+
+def _comparison(recipe: Recipe, trials: Any, raced: dict[str, dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
+    """Everything the page and the terminal show."""
+    from .evaluate.compare import compare
+    from .evaluate.compare_page import verdicts
+    from .evaluate.outcomes import retention_trials, task_trials
+
+    finished = {kind: [RunDir(Path(run["run"])) for run in one["runs"].values()] for kind, one in raced.items()}
+    finished = {kind: runs for kind, runs in finished.items() if runs}
+    if not finished:
+        reasons = "; ".join(f"{kind}: {failure['reason']}" for kind, one in raced.items()
+                            for failure in one["failed"].values())  # fmt: skip
+        raise FitoutError(f"no run of this comparison could be done: {reasons}", where=str(trials.folder))
+    samples, seed = max(1000, recipe.evaluate.samples), recipe.evaluate.seed
+    task = [compare(one, samples, seed) for one in task_trials(finished)]
+    kept = [compare(one, samples, seed) for one in retention_trials(finished)]
+    return {
+        "title": recipe.name,
+        "base": recipe.model.base,
+        "folder": str(trials.folder),
+        "seeds": seeds,
+        "data": read_json(trials.prepared.data_report)["kept"],
+        "split_seed": _split_seed(recipe),
+        "methods": raced,
+        "task": [one.as_dict() for one in task],
+        "retention": [one.as_dict() for one in kept],
+        "verdicts": verdicts(task[0], kept, len(seeds)),
+        "samples": samples,
+        "versions": _versions(),
+    }

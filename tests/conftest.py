@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("FITOUT_HOME", tempfile.mkdtemp(prefix="fitout-home-"))  # no test writes into the user's own
 
 import numpy as np
 import pytest

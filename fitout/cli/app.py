@@ -67,6 +67,33 @@ def run(recipe: RecipeFile, changes: Changes = None, out: Out = None, json: Json
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    out: Out = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu-24g, rtx3090-24g, h100-80g, ... (default: this machine)")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="how many such devices")] = 1,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens a sample on average, instead of the data")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="with --length: how many training samples")] = None,
+    json: Json = False,
+) -> None:
+    """Memory and time of every method before the run: what fits, which term is too big, what to turn."""
+    from .. import verbs
+    from ..config import load
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        screen.show_plan(
+            verbs.plan(
+                load(recipe, changes), device=device, devices=devices, length=length, samples=samples, out=out,
+                screen=screen.verbs,
+            )
+        )  # fmt: skip
+
+
+@app.command()
 def train(
     recipe: RecipeFile,
     changes: Changes = None,
@@ -101,6 +128,36 @@ def evaluate(
         verbs.recipe_of(directory)
         verbs.evaluate(directory, changes=load(directory.recipe, changes), screen=screen.verbs)
         screen.show_run(directory)
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    methods: Annotated[str | None, typer.Option(metavar="KIND,KIND,...", help="(default: every method)")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each method")] = 3,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="steps=N|tokens=N|minutes=N", help="of each training (default: the recipe's length)"),
+    ] = None,
+    lrs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[KIND=]RATE,RATE,...", help="learning rates to choose from (default: around the usual)"),
+    ] = None,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="where to (default: runs/NAME-compare)")] = None,
+    json: Json = False,
+) -> None:
+    """Methods on your data under the same budget: a ranking of what was shown; goes on where it stopped."""
+    from .. import verbs
+    from ..config import load
+    from .screen import open_screen
+
+    kinds = [kind.strip() for kind in methods.split(",") if kind.strip()] if methods else []
+    with open_screen(json) as screen:
+        result = verbs.compare(
+            load(recipe, changes), kinds, seeds=seeds, budget=budget, lrs=lrs or [], out=out, screen=screen.verbs
+        )
+        screen.show_comparison(result)
 
 
 @app.command()
@@ -197,6 +254,7 @@ def chat(
 
     with open_screen() as screen:
         engine = verbs.open_engine(model, adapter=adapter)
+        _tell_held(engine)
         code = talk(
             engine, system=system, max_new_tokens=max_new_tokens, temperature=temperature, console=screen.console
         )
@@ -223,7 +281,16 @@ def serve(
     check_settings(settings)
     from ..serve.app import serve as start
 
-    start(verbs.open_engine(model, adapter=adapter), settings, model_name=name or Path(model).name)
+    engine = verbs.open_engine(model, adapter=adapter)
+    _tell_held(engine)
+    start(engine, settings, model_name=name or Path(model).name)
+
+
+def _tell_held(engine: Any) -> None:
+    """Says on standard error when the base is computed with in other numbers than it is stored in."""
+    held = getattr(engine.model, "fitout_held", None)
+    if held:
+        typer.echo(f"the base is held {held}, as it was trained over", err=True)
 
 
 @app.command()

@@ -93,6 +93,33 @@ class Terminal:
             table.add_row("serve it", Text(f"fitout serve {directory.path}"))
         self.console.print(table)
 
+    def show_comparison(self, result: dict[str, Any]) -> None:
+        """What was shown, each method's scores and costs, and what could not be done."""
+        if self.machine:
+            print(json.dumps(result, ensure_ascii=False))
+            return
+        from ..evaluate.compare_page import lines
+        from ..evaluate.page import label
+
+        count = len(result["seeds"])
+        title = (
+            f"{result['budget']} for each, {count} seed{'s' if count > 1 else ''}; below each score its 95 % interval"
+        )
+        table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("")
+        score = label(result["task"][0]["name"])
+        for name in ("place", score, "kept", "memory", "time", "on disk", "trained", "rate"):
+            table.add_column(name, justify="right")
+        for row in lines(result):
+            table.add_row(*map(Text, row))
+        self.console.print(table)
+        for sentence in result["verdicts"]:
+            self.say(sentence)
+        for name, one in result["methods"].items():
+            for what, failure in one["failed"].items():
+                self.say(f"{name}, {'every run' if what == 'all' else f'seed {what}'} failed: {failure['reason']}")
+        self.say(f"page: {result['folder']}/compare.html")
+
     def show_data(self, directory: RunDir) -> None:
         if self.machine:
             print(json.dumps({"run": str(directory.path), **read_json(directory.data_report)}, ensure_ascii=False))
@@ -121,6 +148,15 @@ class Terminal:
             self.say(f"  note: {note}")
         for command in exported.commands:
             self.say(command)
+
+    def show_plan(self, plan: Any) -> None:
+        if self.machine:
+            print(json.dumps(plan.as_dict(), ensure_ascii=False))
+            return
+        from .plan_view import draw_plan
+
+        for piece in draw_plan(plan):
+            self.console.print(piece)
 
     def show_facts(self, facts: dict[str, str]) -> None:
         """Names and values, a line each."""

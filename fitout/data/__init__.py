@@ -108,6 +108,8 @@ class SplitSettings(BaseModel):
 class DataSettings(BaseModel):
     """What to train on, and how it is cut up.
 
+    split_seed   draws the split (and what weights repeat or leave out); train.seed where it is not given. A value of
+                 its own keeps the parts the same while train.seed changes
     max_length   tokens a sample may have; `too_long` says what happens to longer ones
     packing      several samples to a forward pass, each attending only to itself
     deduplicate  rows that say the same as an earlier row are dropped (counted, and named in the report)
@@ -117,6 +119,7 @@ class DataSettings(BaseModel):
 
     sources: list[SourceSettings] = Field(min_length=1)
     split: SplitSettings = SplitSettings()
+    split_seed: int | None = Field(default=None, ge=0)
     max_length: int = Field(default=1024, ge=8)
     too_long: Literal["drop", "truncate", "error"] = "drop"
     packing: bool = True

@@ -81,8 +81,11 @@ def _table(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     def cell(value: Any) -> str:
         return f"<td class=n>{value:,}" if isinstance(value, int) else f"<td>{escape(str(value))}"
 
-    lines = ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows]
-    return "<table><tr>" + "".join(f"<th>{escape(h)}" for h in heads) + "</tr>" + "".join(lines) + "</table>"
+    body = list(rows)
+    number = [bool(body) and isinstance(value, int) for value in (body[0] if body else heads)]
+    head = "".join(f"<th{' class=n' if n else ''}>{escape(h)}" for h, n in zip(heads, number, strict=True))
+    lines = ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in body]
+    return f"<table><tr>{head}</tr>" + "".join(lines) + "</table>"
 
 
 def _bars(histogram: list[list[int]]) -> str:

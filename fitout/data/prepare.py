@@ -131,7 +131,8 @@ def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int) -> s
     for source in settings.sources:
         files = list_files(source, Path()).files
         contents.append([sha256_file(path) for path, _ in files] if files else source.path)
-    rules = settings.model_dump(mode="json", exclude={"packing": True, "sources": {"__all__": {"path"}}})
+    left_out: Any = {"packing": True, "split_seed": True, "sources": {"__all__": {"path"}}}  # `seed` is the split's
+    rules = settings.model_dump(mode="json", exclude=left_out)
     return fingerprint(5, rules, contents, chat.fingerprint, wants, seed)
 
 

@@ -69,6 +69,10 @@ svg .whisker.base { stroke: var(--base); }
 svg .whisker.tuned { stroke: var(--tuned); }
 svg .dot.base { fill: var(--ground); stroke: var(--base); stroke-width: 2; }
 svg .dot.tuned { fill: var(--tuned); }
+svg .seed.base { fill: var(--base); opacity: .45; }
+svg .seed.tuned { fill: var(--tuned); opacity: .45; }
+svg .zero { stroke: var(--soft); stroke-width: 1; }
+svg text.mark { fill: var(--ink); font-size: 13px; font-weight: 600; }
 svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 svg .curve.base { stroke: var(--base); }
 svg .curve.tuned { stroke: var(--tuned); }
@@ -83,6 +87,8 @@ article { border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px
 .answer { border-radius: 6px; padding: 6px 9px; background: var(--raised); }
 .answer.right { background: var(--right); }
 .answer.wrong { background: var(--wrong); }
+details { margin: 10px 0; }
+summary { cursor: pointer; font-weight: 600; }
 ul.notes { padding-left: 20px; max-width: 80ch; }
 ul.notes li { margin: 4px 0; }
 pre { background: var(--raised); border-radius: 8px; padding: 12px 14px; white-space: pre-wrap;
@@ -116,11 +122,16 @@ def render(
             _loss(log),
             _examples(result),
             _counts(result),
-            _pairs("Data", data_counts, "What became of the rows before training."),
-            _pairs("Recipe", recipe, ""),
+            pairs("Data", data_counts, "What became of the rows before training."),
+            pairs("Recipe", recipe, ""),
             _method(result, command),
         ]
     )
+    return frame(title, body)
+
+
+def frame(title: str, body: str) -> str:
+    """A whole page around `body`, which is HTML."""
     # The policy makes a browser refuse scripts and outside addresses, should an escape ever be forgotten.
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -149,9 +160,17 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def _number(score: Score, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{score.value:{sign}.1f}<small>{score.low:{sign}.1f} to {score.high:{sign}.1f}</small>"
+def signed(value: float) -> str:
+    """With its sign and one digit; what rounds to nothing is +0.0, never -0.0."""
+    return f"{round(value, 1) + 0.0:+.1f}"
+
+
+def number(score: Score) -> str:
+    return f"{score.value:.1f}<small>{score.low:.1f} to {score.high:.1f}</small>"
+
+
+def _change(score: Score) -> str:
+    return f"{signed(score.value)}<small>{signed(score.low)} to {signed(score.high)}</small>"
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -159,7 +178,7 @@ def _verdict(comparison: Comparison) -> str:
     return f'<span class="verdict {style}">{mark} {comparison.verdict}</span>'
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """A table of escaped cells; the columns in `numbers` are set to the right, the first one is the row's name."""
     style = ['class="number"' if at in numbers else ('class="name"' if at == 0 else "") for at in range(len(headers))]
     head = "".join(f"<th {style[at] if at else ''}>{cell}</th>" for at, cell in enumerate(headers))
@@ -186,7 +205,8 @@ def _head(result: EvaluationResult, title: str) -> str:
     counts = result.counts
     figures = []
     if result.scores:
-        figures.append(_figure(result.scores[0], f"{label(result.scores[0].name)}, {counts['asked']:,} questions"))
+        main = next((score for score in result.scores if score.name == result.reading), result.scores[0])
+        figures.append(_figure(main, f"{label(main.name)}, {counts['asked']:,} questions"))
     kept = result.retention
     if kept and kept.overall:
         figures.append(_figure(kept.overall, f"Retention, {kept.overall.base.n:,} probes that are not the task"))
@@ -207,7 +227,8 @@ def _figure(comparison: Comparison, what: str) -> str:
     return (
         f'<div class="figure"><div class="what">{text(what)}</div><div class="numbers">'
         f'<span class="from">{comparison.base.value:.1f} →</span> {comparison.tuned.value:.1f}</div>'
-        f"<div>{_verdict(comparison)} <small>{gap.value:+.1f}, 95 % interval {gap.low:+.1f} to {gap.high:+.1f}</small>"
+        f"<div>{_verdict(comparison)} <small>{signed(gap.value)}, 95 % interval {signed(gap.low)} to "
+        f"{signed(gap.high)}</small>"
         "</div></div>"
     )
 
@@ -221,7 +242,7 @@ def _gain(result: EvaluationResult) -> str:
         "<p>On a scale of 0 to 100, with 95 % intervals. The difference is paired: the models are compared row by row. "
         "Where its interval holds zero, no difference was shown.</p>"
         + LEGEND
-        + _table(headers, [_score_row(label(score.name), score) for score in result.scores], numbers=(1, 2, 3, 4))
+        + table(headers, [_score_row(label(score.name), score) for score in result.scores], numbers=(1, 2, 3, 4))
     )
 
 
@@ -229,9 +250,9 @@ def _score_row(name: str, score: Comparison) -> list[str]:
     return [
         text(name),
         f"{score.base.n:,}",
-        _number(score.base),
-        _number(score.tuned),
-        _number(score.difference, signed=True),
+        number(score.base),
+        number(score.tuned),
+        _change(score.difference),
         _verdict(score),
         drawing.dots(score),
     ]
@@ -251,8 +272,8 @@ def _by_group(result: EvaluationResult) -> str:
                 f"{found[name].base.value:.1f} → {found[name].tuned.value:.1f}" if name in found else "–"
                 for name in names[1:]
             ]
-            cells = [text(group), f"{first.base.n:,}", _number(first.base), _number(first.tuned)]
-            rows.append([*cells, _number(first.difference, signed=True), drawing.dots(first, width=100), *others])
+            cells = [text(group), f"{first.base.n:,}", number(first.base), number(first.tuned)]
+            rows.append([*cells, _change(first.difference), drawing.dots(first, width=100), *others])
         main = text(label(names[0]))
         headers = [
             dimension.capitalize(),
@@ -263,7 +284,7 @@ def _by_group(result: EvaluationResult) -> str:
             "0 to 100",
             *map(label, names[1:]),
         ]
-        parts.append(_table(headers, rows, numbers=(1, 2, 3, 4, *range(6, len(headers)))))
+        parts.append(table(headers, rows, numbers=(1, 2, 3, 4, *range(6, len(headers)))))
         if unlisted := len(groups) - len(rows):
             parts.append(f'<p class="soft">{unlisted} groups have no {main}; see report.json.</p>')
     about = "<p>The other scores as base → tuned; all of them, with intervals, are in report.json.</p>"
@@ -283,16 +304,16 @@ def _retention(kept: RetentionResult | None) -> str:
         if len(rows) > 1:
             rows.append(_score_row(label("probes"), kept.overall))
         headers = ["Probes", "n", "Base", "Tuned", "Difference", "", "0 to 100"]
-        parts.append(LEGEND + _table(headers, rows, numbers=(1, 2, 3, 4)))
+        parts.append(LEGEND + table(headers, rows, numbers=(1, 2, 3, 4)))
         parts.append(_changes("Forgotten", kept.forgotten))
         parts.append(_changes("Gained", kept.gained))
     if kept.perplexity:
         score = kept.perplexity
-        rows = [[label(score.name), f"{score.base.n:,}", f"{kept.tokens:,}", _number(score.base), _number(score.tuned)]]
-        rows[0] += [_number(score.difference, signed=True), _verdict(score)]
+        rows = [[label(score.name), f"{score.base.n:,}", f"{kept.tokens:,}", number(score.base), number(score.tuned)]]
+        rows[0] += [_change(score.difference), _verdict(score)]
         parts.append(f"<p>How well the text {text(kept.source)} is predicted; lower is better.</p>")
         headers = ["", "pieces", "tokens", "Base", "Tuned", "Difference", ""]
-        parts.append(_table(headers, rows, numbers=(1, 2, 3, 4, 5)))
+        parts.append(table(headers, rows, numbers=(1, 2, 3, 4, 5)))
     return "".join(parts)
 
 
@@ -302,8 +323,8 @@ def _changes(title: str, rows: Sequence[Mapping[str, str]]) -> str:
     shown = _spread(rows, CHANGES)
     cells = [[text(row[key]) for key in ("group", "prompt", "answer", "base", "tuned")] for row in shown]
     more = "" if len(shown) == len(rows) else f' <span class="soft">({len(shown)} shown; all are in report.json)</span>'
-    table = _table(["Group", "Prompt", "Answer", "Base went on", "Tuned went on"], cells)
-    return f"<h3>{title}: {len(rows):,}{more}</h3>{table}"
+    shown_rows = table(["Group", "Prompt", "Answer", "Base went on", "Tuned went on"], cells)
+    return f"<h3>{title}: {len(rows):,}{more}</h3>{shown_rows}"
 
 
 def _loss(log: Sequence[Mapping[str, Any]]) -> str:
@@ -334,7 +355,12 @@ def _examples(result: EvaluationResult) -> str:
         f"{len(kinds['still wrong']):,} not right and not changed, {len(kinds['right in both']):,} right in both. "
         "All rows are in predictions.jsonl.</p>",
     ]
-    titles = {"fixed": "Fixed", "broken": "Broken", "still wrong": "Still wrong"}
+    by_degree = result.reading not in ("accuracy", "exact_match")  # a better overlap is not yet a right answer
+    titles = {
+        "fixed": "Better" if by_degree else "Fixed",
+        "broken": "Worse" if by_degree else "Broken",
+        "still wrong": "Not right, not changed" if by_degree else "Still wrong",
+    }
     for kind, title in titles.items():
         rows = kinds[kind]
         articles = "".join(_article(row, result.reading) for row in _spread(rows, EXAMPLES))
@@ -408,12 +434,12 @@ def _counts(result: EvaluationResult) -> str:
         models.append([model, f"{counts['asked']:,}", *reasons, f"{of['empty']:,}", f"{of['seconds']:,.1f}"])
     return (
         "<h2>What was counted</h2>"
-        + _table(["", "rows"], rows, numbers=(1,))
-        + _table(heads, models, numbers=range(1, len(heads)))
+        + table(["", "rows"], rows, numbers=(1,))
+        + table(heads, models, numbers=range(1, len(heads)))
     )
 
 
-def _pairs(title: str, values: Mapping[str, Any], about: str) -> str:
+def pairs(title: str, values: Mapping[str, Any], about: str) -> str:
     rows = "".join(
         f'<tr><td class="key">{text(key)}</td><td class="value">{text(value)}</td></tr>' for key, value in _flat(values)
     )
@@ -443,6 +469,6 @@ def _method(result: EvaluationResult, command: str) -> str:
         "labels, the likeliest. An empty answer scores zero. Intervals: percentile bootstrap, "
         f"{settings['samples']:,} resamples of rows, seed {settings['seed']}; where all rows score alike, resampling "
         "can only repeat them, and the exact binomial bound for a share not seen in n rows is given instead.</p>"
-        + (_table(["Score", "Signature", "Interval"], rows) if rows else "")
+        + (table(["Score", "Signature", "Interval"], rows) if rows else "")
         + f"<h3>Again</h3><pre>{text(command)}</pre>"
     )

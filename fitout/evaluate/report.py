@@ -1,4 +1,4 @@
-"""The report: three files in a run's `evaluation/`, and a short table for the terminal."""
+"""The report: four files in a run's `evaluation/`, and a short table for the terminal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from ..files import write_json, write_jsonl, write_text
 from ..rundir import RunDir
 from . import page
 from .scores import Comparison
-from .suite import EvaluationResult
+from .suite import EvaluationResult, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def write_report(
@@ -26,7 +27,8 @@ def write_report(
     data_counts: Mapping[str, Any] | None = None,
     command: str = "",
 ) -> None:
-    """Writes predictions.jsonl, report.json and report.html, each atomically.
+    """Writes predictions.jsonl, retention.jsonl (where retention was measured), report.json and report.html, each
+    atomically.
 
     `training_log` are the rows of log.jsonl: `{"step", "loss"}` and `{"event": "evaluated", "step",
     "validation_loss"}`. `data_counts` and `recipe_summary` are shown as they are given; `command` is how to do it
@@ -35,6 +37,10 @@ def write_report(
     command = command or f"fitout evaluate {shlex.quote(str(run.path))}"
     counts = dict(data_counts or {})
     write_jsonl(run.predictions, result.rows)
+    if result.retention:
+        write_jsonl(run.retention, map(plain, result.retention.rows))
+    else:
+        run.retention.unlink(missing_ok=True)  # of an evaluation before this one
     write_json(
         run.evaluation_report,
         {
@@ -51,11 +57,16 @@ def write_report(
     )
 
 
-def summary_table(result: EvaluationResult) -> Table:
-    """Base against tuned in a few lines: scores, then retention by group. Fits 80 columns."""
+def summary_table(result: EvaluationResult) -> Table | Text:
+    """Base against tuned in a few lines: scores, then retention by group. Fits 80 columns. Only the notes when there is
+    nothing to compare."""
     from rich.table import Table
     from rich.text import Text
 
+    kept = result.retention
+    notes = [*result.notes, *(kept.notes if kept else [])]
+    if not result.scores and kept is None:
+        return Text("\n".join(notes))
     table = Table(title="Base against tuned", title_justify="left", caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
     for name in ("n", "base", "tuned", "change", "95 % interval"):
@@ -63,7 +74,6 @@ def summary_table(result: EvaluationResult) -> Table:
     table.add_column("", no_wrap=True)
     for score in result.scores:
         table.add_row(*_line(page.label(score.name), score))
-    kept = result.retention
     if kept and (kept.overall or kept.perplexity):
         table.add_section()
         for group, score in kept.groups.items() if len(kept.groups) > 1 else ():
@@ -71,8 +81,7 @@ def summary_table(result: EvaluationResult) -> Table:
         if kept.overall:
             table.add_row(*_line("kept: all probes", kept.overall))
         if kept.perplexity:
-            table.add_row(*_line("perplexity (lower is better)", kept.perplexity))
-    notes = [*result.notes, *(kept.notes if kept else [])]
+            table.add_row(*_line("Perplexity (lower is better)", kept.perplexity))
     table.caption = Text("\n".join(notes)) if notes else None
     return table
 
@@ -88,7 +97,7 @@ def _line(name: str, score: Comparison) -> list[Any]:
         str(score.base.n),
         f"{score.base.value:.1f}",
         f"{score.tuned.value:.1f}",
-        f"{gap.value:+.1f}",
-        f"{gap.low:+.1f} to {gap.high:+.1f}",
+        page.signed(gap.value),
+        f"{page.signed(gap.low)} to {page.signed(gap.high)}",
         Text(word, style=style),
     ]

@@ -170,7 +170,11 @@ def piece(log_probs: Sequence[float]) -> Piece:
 
 @dataclass(frozen=True)
 class RetentionResult:
-    """Retention before and after: `overall` and `groups` for probes, `perplexity` for a text; the lists are whole."""
+    """Retention before and after: `overall` and `groups` for probes, `perplexity` for a text; the lists are whole.
+
+    rows    one dict a probe (base_right, tuned_right) or piece of text (base and tuned: log_prob, tokens), as in
+            retention.jsonl
+    """
 
     source: str
     overall: Comparison | None = None
@@ -180,6 +184,7 @@ class RetentionResult:
     forgotten: list[dict[str, str]] = field(default_factory=list)
     gained: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def compare_probes(
@@ -206,6 +211,9 @@ def compare_probes(
         groups,
         forgotten=[row for row, was, now in zip(rows, before, after, strict=True) if was and not now],
         gained=[row for row, was, now in zip(rows, before, after, strict=True) if now and not was],
+        rows=[
+            {**row, "base_right": was, "tuned_right": now} for row, was, now in zip(rows, before, after, strict=True)
+        ],
     )
 
 
@@ -242,4 +250,10 @@ def compare_perplexity(
         "a token",
         higher_is_better=False,
     )
-    return RetentionResult(asked.source, perplexity=compare(measure, samples, seed), tokens=tokens[0], notes=notes)
+    return RetentionResult(
+        asked.source,
+        perplexity=compare(measure, samples, seed),
+        tokens=tokens[0],
+        notes=notes,
+        rows=[{"piece": at, "base": asdict(base[at]), "tuned": asdict(tuned[at])} for at in kept],
+    )

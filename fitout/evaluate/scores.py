@@ -180,7 +180,7 @@ class Comparison:
     """Base against tuned on the same rows. `difference` is tuned minus base, paired by row.
 
     `interval` says where the intervals come from: `bootstrap` (percentile), or `exact` where all rows score alike, so
-    that resampling them could only repeat itself (see `_alike_interval`).
+    that resampling them could only repeat itself (see `alike_interval`).
     """
 
     name: str
@@ -252,13 +252,13 @@ def resampled_sums(statistics: np.ndarray, samples: int, seed: int) -> np.ndarra
     return sums
 
 
-def _alike_interval(value: float, n: int, low: float, high: float) -> tuple[float, float]:
+def alike_interval(value: float, n: int, low: float, high: float, level: float = 0.05) -> tuple[float, float]:
     """An interval for a mean when all n rows scored the same `value`, out of a possible low to high.
 
-    The share of the population that scores otherwise is at most h = 1 - 0.025^(1/n) (Clopper and Pearson 1934, for 0
-    of n); the mean is farthest off when that share scores `low` or `high`.
+    The share of the population that scores otherwise is at most h = 1 - (level / 2)^(1/n) (Clopper and Pearson 1934,
+    for 0 of n); the mean is farthest off when that share scores `low` or `high`.
     """
-    other = 1.0 - 0.025 ** (1.0 / n)
+    other = 1.0 - (level / 2) ** (1.0 / n)
     return value * (1 - other) + low * other, value * (1 - other) + high * other
 
 
@@ -278,7 +278,7 @@ def compare(measure: Measure, samples: int = 1000, seed: int = 0) -> Comparison:
         low, high = (float(edge) for edge in np.percentile(resamples, [2.5, 97.5]))
         if row_values is not None and measure.unit is not None and np.ptp(row_values[which]) == 0:
             floor = -measure.unit if which == 2 else 0.0
-            low, high = _alike_interval(float(value), n, floor, measure.unit)
+            low, high = alike_interval(float(value), n, floor, measure.unit)
             exact = True
         scores.append(Score(float(value), n, low, high))
     base, tuned, difference = scores

@@ -150,7 +150,7 @@ class EvaluationResult:
     reading: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, verdicts included, rows left out (they are predictions.jsonl)."""
+        """JSON-able, verdicts included, rows left out (they are predictions.jsonl and retention.jsonl)."""
         return {key: plain(getattr(self, key)) for key in self.__dataclass_fields__ if key != "rows"}
 
 
@@ -186,7 +186,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Comparison):
         return {**asdict(value), "verdict": value.verdict}
     if isinstance(value, RetentionResult):
-        return {key: plain(getattr(value, key)) for key in value.__dataclass_fields__}
+        return {key: plain(getattr(value, key)) for key in value.__dataclass_fields__ if key != "rows"}
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, str):

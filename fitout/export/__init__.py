@@ -25,3 +25,8 @@ class ExportSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     merge: bool = Field(True, description="fold the adapter into the base and check that the logits stay the same")
+    merge_into: Literal["dequantised", "original"] = Field(
+        "dequantised",
+        description="of an adapter over a 4-bit base: into the weights it was trained over, de-quantised, or into the "
+        "16-bit original, which is another base (the difference is measured)",
+    )

@@ -184,7 +184,7 @@ def _copy_model(
 
 def _serve_adapter(parts: Parts, wanted: Wanted) -> str:
     folder = wanted.to.resolve()
-    command = [*VLLM, "--model", parts.base, *(["--revision", parts.revision] if parts.revision else [])]
+    command: list[Any] = [*VLLM, "--model", parts.base, *(["--revision", parts.revision] if parts.revision else [])]
     command += ["--tokenizer", folder, "--enable-lora", "--max-lora-rank", vllm_rank(parts)]
     command += ["--lora-modules", f"{wanted.name}={folder}"]
     if parts.chat.tokenizer.chat_template:

@@ -10,6 +10,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+FIRST_BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens a micro-batch begins with where the recipe says `auto`
+
 
 class TrainSettings(BaseModel):
     """How long, how fast, in which numbers, and what is kept."""
@@ -18,13 +20,16 @@ class TrainSettings(BaseModel):
 
     epochs: float = Field(3, gt=0, description="passes over the training part")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes the place of epochs")
-    lr: float | None = Field(None, gt=0, description="peak learning rate; default 2e-5 for full, 2e-4 for adapters")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; the default is the method's own")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.03, ge=0, description="below 1 a share of all steps, else a number of steps")
     batch_size: int = Field(16, ge=1, description="examples a step, over all ranks")
     batch_tokens: int | None = Field(None, ge=1, description="examples in order up to so many tokens a step, instead")
     micro_batch_tokens: int | Literal["auto"] = Field(
         "auto", description="tokens a forward; auto: 2048 on CPU, 16384 on a GPU, halved when memory runs out"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="8bit: moments in 8 bits (bitsandbytes); paged: moved to main memory when a GPU's is full"
     )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)

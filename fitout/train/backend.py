@@ -105,11 +105,11 @@ class Backend:
         """Whether it holds on some rank: a decision that all must take together."""
         return self.sum(float(flag))[0] > 0
 
-    def same_everywhere(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gives every rank the main one's initial values."""
+    def same_everywhere(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every rank the main one's values, in place."""
         if self.ranks > 1:
-            for parameter in parameters:
-                dist.broadcast(parameter.data, 0)
+            for tensor in tensors:
+                dist.broadcast(tensor.data, 0)
 
     def barrier(self) -> None:
         if self.ranks > 1:

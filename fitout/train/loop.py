@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import CheckError, FitoutError, Stopped
 from ..model.methods.base import Method, copy_into, trainable
 from ..objectives.base import Objective
 from ..rundir import RunDir
-from . import TrainSettings
+from . import FIRST_BUDGET, TrainSettings
 from .backend import Backend
 from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, StopRequest, is_out_of_memory
@@ -109,7 +109,10 @@ class _Run:
             self._restore(checkpoint)
         else:
             self.job.method.begin(self.job.model, self._gradients)
-            self.backend.same_everywhere(self.parameters.values())
+            state = self.job.method.state(self.job.model)
+            self.backend.same_everywhere([*self.parameters.values(), *state.values()])
+            if state and self.backend.ranks > 1:
+                self.job.method.restore(self.job.model, state)
         for listener in self.listeners:
             listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
         if checkpoint or passed_over:
@@ -148,17 +151,29 @@ class _Run:
         state = self.job.method.state(self.job.model)
         return {**self.parameters, **{STATE + name: tensor for name, tensor in state.items()}}
 
-    def _gradients(self, steps: int = 8) -> None:
-        """Backward over the samples of the first steps, divided by their units; gradients are left in the model."""
+    def _gradients(self) -> Iterator[None]:
+        """Backward over the samples of the coming steps; at each yield one step's gradients, of all ranks, stand in the
+        model, divided by the step's units."""
         batches, backend = self.job.batches, self.backend
-        for index in range(min(steps, self.job.total_steps)):
+        for index in range(self.at.step, self.job.total_steps):
             layouts = batches.layouts(index, budget=self.at.budget, rank=backend.rank, ranks=backend.ranks)
             (total,) = backend.sum(self.job.objective.units(layouts))
-            for layout in layouts:
-                if layout.supervised:
-                    with backend.compute():
-                        loss = self.job.objective.loss(self.job.model, layout, total)
-                    backend.backward(loss)
+            try:
+                for layout in layouts:
+                    if layout.supervised:
+                        with backend.compute():
+                            loss = self.job.objective.loss(self.job.model, layout, total)
+                        backend.backward(loss)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise FitoutError(
+                    "memory ran out while gradients were computed to choose what is trained",
+                    harm="The choice would rest on a part of the samples.",
+                    hint=f"Set train.micro_batch_tokens below {self.at.budget}, or choose without gradients.",
+                ) from error
+            backend.sum_gradients(p for p in self.job.model.parameters() if p.requires_grad)
+            yield
 
     # one step
 
@@ -172,7 +187,7 @@ class _Run:
         seconds = time.perf_counter() - start
         self.finite.saw(result.finite, index + 1, self._origins(index))
         self.at.step += 1
-        self.job.method.after_step(self.job.model, self.optimizer, self.at.step, self.job.total_steps)
+        self.job.method.after_step(self.job.model, self.optimizer, self.at.step, self.job.total_steps, self._gradients)
         self.at.tokens += result.tokens
         self.at.supervised += result.supervised
         self.at.seconds += seconds
@@ -190,7 +205,7 @@ class _Run:
             tokens=result.tokens,
             supervised_tokens=result.supervised,
             tokens_per_second=round(result.tokens / seconds, 1),
-            memory_mb=_memory_mb(self.backend.device),
+            memory_mb=memory_mb(self.backend.device),
         )
 
     def _step_with_memory(self, index: int) -> StepResult:
@@ -319,7 +334,7 @@ class _Run:
 def _first_budget(settings: TrainSettings, backend: Backend) -> int:
     if settings.micro_batch_tokens != "auto":
         return settings.micro_batch_tokens
-    return 16384 if backend.device.type == "cuda" else 2048
+    return FIRST_BUDGET[backend.device.type]
 
 
 def _key(seed: int, step: int, rank: int) -> int:
@@ -327,7 +342,7 @@ def _key(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _memory_mb(device: torch.device) -> int:
+def memory_mb(device: torch.device) -> int:
     """Peak memory so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +19,16 @@ from fitout.data.batches import Batches
 from fitout.data.store import Part, write_part
 from fitout.files import read_jsonl
 from fitout.model import methods
-from fitout.model.methods import LoraSettings
+from fitout.model.load import load_base
+from fitout.model.methods import (
+    AdapterSettings,
+    DoraSettings,
+    FullSettings,
+    LoraSettings,
+    LowRankSettings,
+    QloraSettings,
+    SparseSettings,
+)
 from fitout.objectives import SftSettings, create
 from fitout.rundir import RunDir
 from fitout.train import TrainSettings
@@ -25,6 +38,27 @@ from fitout.train.loop import Job, Progress, fit
 from tests.conftest import random_samples, tiny_llama
 
 CPU = torch.device("cpu")
+LOW_RANK: dict[str, LowRankSettings] = {
+    "lora": LoraSettings(rank=4, alpha=8),
+    "patterns": LoraSettings(
+        rank=4, alpha=8, rslora=True, rank_pattern={"q_proj": 2, r"1\.mlp\..*": 6}, alpha_pattern={"down_proj": 3},
+        lr_ratio=4, train_also=["norm", "lm_head"],
+    ),
+    "pissa": LoraSettings(rank=4, alpha=8, init="pissa"),
+    "dora": DoraSettings(rank=4, alpha=8),
+    "qlora": QloraSettings(rank=4, alpha=8),
+    "qdora": QloraSettings(rank=4, alpha=8, quant="fp4", double_quant=False, dora=True, init="olora"),
+}  # fmt: skip
+METHODS_UNDER_TEST: dict[str, methods.AnySettings] = {
+    # resumed = uninterrupted, packed = unpacked, accumulated = one batch, two ranks = one: for each
+    **LOW_RANK,
+    "full": FullSettings(),
+    "last layer": FullSettings(last_layers=1, freeze=["*norm*"]),
+    "adapter": AdapterSettings(style="houlsby", reduction=4, activation="gelu"),
+    "parallel": AdapterSettings(style="parallel", reduction=8, scale=2.0),
+    "sparse": SparseSettings(density=0.02, select="gradient", redraw_every=3),
+    "sparse random": SparseSettings(density=0.05, select="random", redraw_every=4, targets=["q_proj", "down_proj"]),
+}
 SHELL_RECIPE = """\
 name: small
 model: {base: "embedded:shell"}
@@ -56,15 +90,32 @@ def random_part(folder: Path, count: int, *, seed: int = 0, name: str = "train",
     return part_of(folder, *random_samples(count, seed=seed, **how), name=name)
 
 
-def adapted(settings: LoraSettings, *, seed: int = 5):
-    """A tiny model with adapters; B is random too, so that gradients reach A from the first step."""
-    model = tiny_llama()
-    torch.manual_seed(seed)
+@cache
+def tiny_base() -> str:
+    """The folder of a tiny model, for what has to be loaded (4-bit weights are made while loading)."""
+    folder = tempfile.mkdtemp(prefix="fitout-tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tiny_llama(packed=False).save_pretrained(folder)
+    return folder
+
+
+def adapted(settings, *, seed: int = 5, base: str | None = None, packed: bool = True, **model_kwargs):
+    """A tiny model with its method; what adapters begin with as zero is random, so that all gradients are there."""
     method = methods.create(settings)
+    if model_kwargs:
+        model = tiny_llama(packed=packed, **model_kwargs)
+    else:
+        model = load_base(base or tiny_base(), packed=packed, extra=method.load_kwargs(torch.float32))
+    torch.manual_seed(seed)
     method.apply(model)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            torch.nn.init.normal_(parameter, std=0.02)
+    if isinstance(settings, LowRankSettings):
+        method.begin(model, iter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.endswith(("lora_B", "adapter.up.weight")):
+                parameter.add_(0.02 * torch.randn_like(parameter))
+            if name.endswith("magnitude_vector"):
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     return model, method
 
 

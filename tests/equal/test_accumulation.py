@@ -13,15 +13,26 @@ from fitout.train.backend import Backend
 from fitout.train.step import train_step
 from tests.conftest import random_samples, tiny_llama
 
-from .small import CPU, job_of, losses, part_of, random_part, train, trained_tensors
+from .small import (
+    CPU,
+    LOW_RANK,
+    METHODS_UNDER_TEST,
+    adapted,
+    job_of,
+    losses,
+    part_of,
+    random_part,
+    train,
+    trained_tensors,
+)
 
 
-def one_step(part, *, budget: int, packing: bool = True, clip: float | None = 0.5):
+def one_step(part, *, budget: int, packing: bool = True, clip: float | None = 0.5, kind: str = "full"):
     """A step of plain SGD at rate 1: the change of the weights is the clipped gradient itself."""
-    model = tiny_llama()
+    model = tiny_llama() if kind == "full" else adapted(LOW_RANK[kind])[0]
     before = trained_tensors(model)
     layouts = Batches(part, batch_size=16, packing=packing, share=packing).layouts(0, budget=budget)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     result = train_step(model, create(SftSettings()), layouts, parameters, optimizer, Backend(CPU), clip)
     after = trained_tensors(model)
@@ -49,6 +60,18 @@ def test_one_micro_batch_equals_eight_equals_unpacked(tmp_path, prefix, clip):
         assert whole.grad_norm > clip and float(norm) == pytest.approx(clip, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_with_adapters_too(tmp_path, kind):
+    part = random_part(tmp_path, 16)
+    whole, whole_step, count = one_step(part, budget=100_000, kind=kind)
+    assert count == 1
+    eight, step, count = one_step(part, budget=-(-part.tokens // 8), kind=kind)
+    assert count >= 8
+    assert eight.loss == pytest.approx(whole.loss, abs=1e-6)
+    for name in whole_step:
+        torch.testing.assert_close(step[name], whole_step[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_mean_is_over_tokens_not_over_micro_batches(tmp_path):
     """A sample of 2 targets and one of 30, apart: the loss is the mean of 32 losses, not the mean of two means."""
     ids, _ = random_samples(2, low=31, high=32)
@@ -66,13 +89,14 @@ def test_mean_is_over_tokens_not_over_micro_batches(tmp_path):
         assert one_step(part, budget=budget)[0].loss == pytest.approx(float(want), abs=1e-6)
 
 
-def test_whole_trainings_are_equal(tmp_path):
-    """12 steps of AdamW: packed in one, packed in small micro-batches, unpacked."""
+@pytest.mark.parametrize("kind", METHODS_UNDER_TEST)
+def test_whole_trainings_are_equal(tmp_path, kind):
+    """12 steps of AdamW: packed in one (prefixes shared), packed in small micro-batches, unpacked."""
     ran = []
     for name, settings in (("one", {}), ("small", {"micro_batch_tokens": 48}), ("off", {"packing": False})):
-        model = tiny_llama()
-        part = random_part(tmp_path / name, 20)
-        job = job_of(tmp_path / name, model, part, total=12, **settings)
+        model, method = adapted(METHODS_UNDER_TEST[kind])
+        part = random_part(tmp_path / name, 20, prefix=12)
+        job = job_of(tmp_path / name, model, part, total=12, method=method, **settings)
         train(job)
         ran.append((losses(job.run.log), trained_tensors(model)))
     for log, weights in ran[1:]:

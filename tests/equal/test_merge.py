@@ -12,15 +12,15 @@ from fitout.export.write import save_chat
 from fitout.files import read_json
 from fitout.model import methods
 from fitout.model.load import SHELL, load_adapter, load_base
-from fitout.model.methods import LoraSettings, lora
+from fitout.model.methods import DoraSettings, LoraSettings, QloraSettings, lora, saved_in
 
 IDS = torch.tensor([[5, 400, 31, 2000, 77, 9, 1203, 64]])
 
 
-def save_adapter(folder, *, std=0.05, **settings):
+def save_adapter(folder, *, std=0.05, kind=LoraSettings, dtype=torch.float32, **settings):
     """An adapter on the embedded model with a random B: large enough to change every logit."""
-    model = load_base(str(SHELL), packed=False)
-    method = methods.create(LoraSettings(**{"rank": 4, "alpha": 16, **settings}))
+    method = methods.create(kind(**{"rank": 4, "alpha": 16, **settings}))
+    model = load_base(str(SHELL), dtype=dtype, packed=False, extra=method.load_kwargs(dtype))
     torch.manual_seed(3)
     method.apply(model)
     for name, parameter in model.named_parameters():
@@ -37,11 +37,13 @@ def logits_of(model):
     return model.eval()(input_ids=IDS, use_cache=False).logits.float()
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
-def test_merged_folder_has_the_adapters_logits_in_plain_transformers(tmp_path, targets):
+@pytest.mark.parametrize(
+    "settings", [{}, {"targets": ["q_proj", "down_proj"]}, {"kind": DoraSettings, "train_also": ["lm_head"]}]
+)
+def test_merged_folder_has_the_adapters_logits_in_plain_transformers(tmp_path, settings):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapter = save_adapter(tmp_path / "adapter", targets=targets)
+    adapter = save_adapter(tmp_path / "adapter", **settings)
     base = load_base(str(SHELL), packed=False)
     without = logits_of(base)
     load_adapter(base, adapter)
@@ -79,6 +81,51 @@ def test_a_16_bit_base_is_rounded_once(tmp_path):
     assert merged[f"{name}.weight"].dtype == torch.bfloat16
     assert torch.equal(merged[f"{name}.weight"], want)
     assert read_json(tmp_path / "merged" / "config.json")["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("stored", "settings"),
+    [(torch.float32, {}), (torch.bfloat16, {"dora": True}), (torch.bfloat16, {"targets": ["q_proj", "down_proj"]})],
+)
+def test_an_adapter_over_4_bits_merges_into_what_it_was_trained_over_or_into_the_original(tmp_path, stored, settings):
+    """The plain folder against the adapter over the 4-bit base; the difference is measured, said and on the card."""
+    from transformers import AutoModelForCausalLM
+
+    adapter = save_adapter(tmp_path / "adapter", kind=QloraSettings, dtype=stored, **settings)
+    method = saved_in(adapter)
+    model = load_base(str(SHELL), dtype=stored, packed=False, extra=method.load_kwargs(stored))
+    load_adapter(model, adapter)
+    method.in_fp32(model)
+    assert any(m.__class__.__name__ == "Linear4bit" for m in model.modules())
+    want, lines, differences = logits_of(model), [], {}
+    for into in ("dequantised", "original"):
+        folder = tmp_path / into
+        differences[into] = merge_adapter(
+            str(SHELL), adapter, folder, name="m", facts={}, into=into, say=lines.append
+        )  # fmt: skip
+        config = read_json(folder / "config.json")
+        assert "quantization_config" not in config and config["dtype"] == "float32"
+        card = (folder / "README.md").read_text()
+        assert f"{differences[into]:.2g}" in card and f"{differences[into]:.2g}" in lines[-1]
+        got = logits_of(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"))
+        measured = float((got - want).abs().max() / want.abs().max())
+        assert measured < 1e-4 if into == "dequantised" else 3e-3 < measured < 1
+    assert differences["dequantised"] < 1e-5 < 3e-3 < differences["original"]
+    assert "de-quantised" in lines[0] and "original" in lines[1]
+    plain = load_base(str(SHELL), packed=False)
+    load_adapter(plain, adapter, method.plain())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "original", attn_implementation="eager")
+    torch.testing.assert_close(logits_of(merged), logits_of(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("into", ["dequantised", "original"])
+def test_a_merge_over_4_bits_that_changes_logits_is_refused(tmp_path, monkeypatch, into):
+    adapter = save_adapter(tmp_path / "adapter", kind=QloraSettings)
+    real = lora.LoraLinear.delta
+    monkeypatch.setattr(lora.LoraLinear, "delta", lambda self: 1.01 * real(self))
+    with pytest.raises(CheckError, match="logits differ"):
+        merge_adapter(str(SHELL), adapter, tmp_path / "out" / "merged", name="m", facts={}, into=into)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.01, 2.0])

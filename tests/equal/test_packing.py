@@ -11,20 +11,27 @@ from fitout.data.pack import lay_out, pack
 from fitout.objectives import SftSettings, create
 from tests.conftest import random_samples, tiny_llama
 
+from .small import LOW_RANK, adapted
+
 OBJECTIVE = create(SftSettings())
 
 
 def plain_loss_and_gradients(ids, train_on, **model_kwargs):
     """The slow obvious computation: each sample alone through plain SDPA, shifted logits, F.cross_entropy, one mean."""
     model = tiny_llama(packed=False, **model_kwargs)
+    loss = plain_loss(model, ids, train_on)
+    loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters()}
+
+
+def plain_loss(model, ids, train_on):
     total = sum(int(on[1:].sum()) for on in train_on)
     loss = 0.0
     for one, on in zip(ids, train_on, strict=True):
         logits = model(torch.tensor(one[None].astype(np.int64))).logits[0, :-1]
         losses = F.cross_entropy(logits, torch.tensor(one[1:].astype(np.int64)), reduction="none")
         loss = loss + (losses * torch.tensor(on[1:].astype(np.float32))).sum() / total
-    loss.backward()
-    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters()}
+    return loss
 
 
 def our_loss_and_gradients(ids, train_on, *, budget, share, **model_kwargs):
@@ -53,6 +60,30 @@ def test_packed_equals_each_sample_alone(prefix, budget, share, tied):
     tokens = sum(len(i) for i in ids)
     computed = sum(layout.tokens for layout in layouts)
     assert computed < tokens if share and prefix else computed == tokens
+
+
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_with_adapters_too(kind):
+    """Packed with a shared prefix against each sample alone through plain SDPA."""
+    ids, train_on = random_samples(6, prefix=24)
+    model, _ = adapted(LOW_RANK[kind])
+    layouts = [
+        lay_out([ids[i] for i in block], [train_on[i] for i in block], block, share=True)
+        for block in pack(ids, 10_000, share=True)
+    ]
+    total = OBJECTIVE.units(layouts)
+    loss = sum(OBJECTIVE.loss(model, layout, total) for layout in layouts)
+    loss.backward()
+    got = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, _ = adapted(LOW_RANK[kind], packed=False)
+    want = plain_loss(plain, ids, train_on)
+    want.backward()
+    assert sum(layout.tokens for layout in layouts) < sum(len(i) for i in ids)
+    assert float(loss.detach()) == pytest.approx(float(want.detach()), abs=1e-6)
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(got[name], parameter.grad, atol=2e-6, rtol=1e-4, msg=name)
 
 
 def test_a_tree_with_branches_ends_and_twins():

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from fitout.errors import CheckError, Stopped
 from fitout.files import read_json, read_jsonl
 from fitout.model.methods import LoraSettings
-from tests.conftest import tiny_llama
 
 from .small import (
+    METHODS_UNDER_TEST,
     adapted,
     call,
     command,
@@ -32,6 +32,12 @@ from .small import (
 )
 
 TOTAL = 14
+KINDS = {
+    **METHODS_UNDER_TEST,
+    "8 bit": LoraSettings(rank=128),
+    "paged": LoraSettings(rank=128),
+}  # wide enough for 8-bit moments
+OPTIMIZERS = {"8 bit": "adamw_8bit", "paged": "paged_adamw_8bit"}
 
 
 class AtStep:
@@ -64,7 +70,12 @@ def terminate():
 
 
 def make_job(folder, kind, **more):
-    model = tiny_llama(dropout=0.1) if kind == "full" else adapted(LoraSettings(rank=4, alpha=8, dropout=0.1))[0]
+    settings = KINDS[kind]
+    if "dropout" in type(settings).model_fields:
+        settings = settings.model_copy(update={"dropout": 0.1})
+    model, method = adapted(settings, **({"dropout": 0.1} if kind == "full" else {}))
+    if kind in OPTIMIZERS:
+        more = {"optimizer": OPTIMIZERS[kind], **more}
     settings = {"save_every": 4, "evaluate_every": 3, "schedule": "cosine", "warmup": 3, "weight_decay": 0.01}
     return job_of(
         folder,
@@ -72,6 +83,7 @@ def make_job(folder, kind, **more):
         random_part(folder, 26),
         total=TOTAL,
         lr=3e-3,
+        method=method,
         validation=random_part(folder, 6, seed=9, name="validation"),
         **{**settings, **more},
     )
@@ -79,7 +91,7 @@ def make_job(folder, kind, **more):
 
 def outcome(job, progress):
     told = {k: v for k, v in vars(progress).items() if k != "seconds"}
-    return losses(job.run.log), told, trained_tensors(job.model)
+    return losses(job.run.log), told, trained_tensors(job.model) | job.method.state(job.model)
 
 
 def assert_same(got, want):
@@ -89,8 +101,9 @@ def assert_same(got, want):
     assert all(torch.equal(got[2][name], want[2][name]) for name in want[2])
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize(
+    ("kind", "keep"), [*((kind, "best") for kind in ("lora", "full", "sparse")), *((kind, "last") for kind in KINDS)]
+)
 def test_stopped_or_crashed_and_resumed_equals_uninterrupted(tmp_path, kind, keep):
     job = make_job(tmp_path / "whole", kind, keep=keep)
     want = outcome(job, train(job))

@@ -40,8 +40,8 @@ def test_settings_survive_the_adapter_folder(tmp_path):
     folder = saved_adapter(tmp_path / "adapter", rank=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"])
     assert settings_of(folder) == LoraSettings(rank=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"])
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(ModelError, match="use_dora"):
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    with pytest.raises(ModelError, match="bias: all"):
         settings_of(folder)
 
 

@@ -29,6 +29,7 @@ FLOORS = {
     "export": 6,
     "serve": 6,
     "config": 7,
+    "trials": 7,  # processes over run directories; what they run comes in as text from verbs
     "verbs": 8,
     "cli": 9,
     "ui": 9,

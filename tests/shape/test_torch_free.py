@@ -31,6 +31,13 @@ def test_the_recipe_and_every_door_are_light():
     assert "pydantic" in loaded and not loaded.intersection(HEAVY)
 
 
+def test_a_comparison_holds_no_torch():
+    """On Linux a process starts with its parent's peak of memory: what starts the runs must stay below theirs."""
+    rooms = ("verbs", "trials", "data.batches", "data.store", "evaluate.compare_page", "evaluate.outcomes")
+    loaded = loaded_after("\n".join(f"import fitout.{name}" for name in rooms))
+    assert not loaded.intersection({"torch", "transformers", "tokenizers"})
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["data", "--help"]])
 def test_help_is_light(arguments):
     """`fitout --help` answers in under 0.3 s: nothing of ours but the command line is imported for it."""

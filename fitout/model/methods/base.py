@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from ...errors import ModelError, RequestError
+
+# Runs the objective's backward on the samples of the coming steps. At each yield the gradient of one step, summed over
+# micro-batches and ranks, stands in `.grad` of every parameter that requires one; the weights are left alone.
+Gradients = Callable[[], Iterator[None]]
 
 
 class Method:
@@ -16,9 +22,36 @@ class Method:
     frozen_base = True  # the base stays as it is: it may be stored in the compute dtype, and merging means something
     unmergeable: str | None = None  # why what was trained cannot be folded into the plain architecture, when it cannot
 
+    held: str | None = None  # how the base is held while it is computed with, where that is not as it is stored
+
     def load_kwargs(self, dtype: torch.dtype) -> dict[str, Any]:
         """What `from_pretrained` is asked for besides the dtype the base is stored and computed in (quantisation)."""
         return {}
+
+    def trained_in(self, folder: Path) -> str | None:
+        """The precision the base must be loaded in to be the one that the adapter in `folder` was trained over; None
+        where any is as good."""
+        return None
+
+    def plain(self) -> Method:
+        """The method that puts the same adapter over the base as it is stored; another one only where the base was
+        trained over in other numbers (quantised)."""
+        return self
+
+    def in_fp32(self, model: nn.Module) -> None:
+        """Has an applied model that was loaded in less compute in fp32, with the same weights to the last bit, so that
+        logits are compared without the rounding of 16-bit sums."""
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """What a user should know about this model with this method, one line each."""
+        return []
+
+    def size(self, model: nn.Module) -> int:
+        """How many parameters the model has."""
+        return sum(parameter.numel() for parameter in model.parameters())
 
     def apply(self, model: nn.Module) -> None:
         """Makes the model trainable as the method wants; what is trained has requires_grad, all else has not."""
@@ -28,15 +61,17 @@ class Method:
         """Factors on the learning rate by parameter name; those not named have 1."""
         return {}
 
-    def begin(self, model: nn.Module, gradients: Callable[[], None]) -> None:
-        """Called once before the first step of a new run. `gradients()` runs the objective's backward on the first
-        steps' samples, for a method that chooses what to train by them; it leaves the weights alone."""
+    def begin(self, model: nn.Module, gradients: Gradients) -> None:
+        """Called once before the first step of a new run, for a method that chooses what to train."""
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+    def after_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int, gradients: Gradients
+    ) -> None:
         """Called after optimizer step `step` (from 1) of `total`, for a method that changes what is trained."""
 
     def state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """What a checkpoint needs besides the trained parameters and the optimizer's moments."""
+        """What a checkpoint needs besides the trained parameters and the optimizer's moments; the main rank's is given
+        to all after `begin`."""
         return {}
 
     def restore(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -64,8 +99,79 @@ def count(parameters: dict[str, nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters.values())
 
 
+def raise_to_fp32(parameters: dict[str, nn.Parameter]) -> bool:
+    """Gives trained weights that are stored in less than fp32 fp32 masters, in place; whether there were any."""
+    low = [parameter for parameter in parameters.values() if parameter.dtype != torch.float32]
+    for parameter in low:
+        parameter.data = parameter.data.float()
+    return bool(low)
+
+
 def copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
     """Copies saved tensors over parameters of the same names; none may be missing."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+def freeze_base(model: Any) -> None:
+    """Nothing of the base is trained, except the embeddings of a grown vocabulary: its new rows mean nothing yet."""
+    from ..load import embeddings
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if getattr(model, "fitout_grown_vocabulary", False):
+        for module in embeddings(model).values():
+            module.weight.requires_grad_(True)
+
+
+def decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
+    """The decoder's layers, first to last, and the name of the list that holds them."""
+    config, decoder = model.config.get_text_config(decoder=True), model.get_decoder()
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            path = next(n for n, m in model.named_modules() if m is module)
+            return path, list(module)
+    raise RequestError(
+        f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers",
+        harm="There would be no telling which part of the model is meant.",
+        hint="Take method: {kind: lora}, which goes by the names of linear layers.",
+    )
+
+
+def linear_layers(model: Any, targets: list[str] | str) -> list[str]:
+    """Names of the linear layers that `targets` means: `all-linear` is all but the head."""
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    if targets == "all-linear":
+        return linear
+    missing = [w for w in targets if not any(n == w or n.endswith("." + w) for n in linear)]
+    if missing:
+        known = sorted({n.rpartition(".")[2] for n in linear})
+        raise RequestError(
+            f"method.targets names layers this model does not have: {', '.join(missing)}",
+            harm="They would silently stay untrained.",
+            hint=f"Linear layers here: {', '.join(known)}; or targets: all-linear.",
+        )
+    return [n for n in linear if any(n == w or n.endswith("." + w) for w in targets)]
+
+
+def fill(wanted: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copies a saved adapter over tensors of the same names. Raises ModelError unless names and shapes all fit."""
+    faults = [f"{name} is missing" for name in sorted(wanted.keys() - saved.keys())]
+    faults += [f"{name} is not known here" for name in sorted(saved.keys() - wanted.keys())]
+    faults += [
+        f"{name} has shape {tuple(saved[name].shape)}, the model wants {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & saved.keys())
+        if saved[name].shape != wanted[name].shape
+    ]
+    if faults:
+        raise ModelError(
+            f"the adapter does not fit the model in {len(faults)} tensors: {faults[0]}",
+            where=str(folder),
+            harm="Loading it in part would give a model nobody trained.",
+            hint="Use the base named in its adapter_config.json.",
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(saved[name])

@@ -1,0 +1,202 @@
+"""What a run would run on: the machine at hand, its speed measured by a probe, or a named card from its data sheet."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import RequestError
+from ..files import read_json, write_json
+from .history import home
+
+GIB = 2**30
+UTILISATION = 0.4  # of the data-sheet peak that products of a real training loop reach; an estimate, not measured here
+
+
+class Speed(Protocol):
+    """How fast numbers are crunched."""
+
+    def products(self, inputs: int, outputs: int, rows: int, precision: str) -> float:
+        """FLOP/s of (rows, inputs) times (inputs, outputs)."""
+
+    def bandwidth(self) -> float:
+        """Bytes/s of reading and writing long vectors."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`memory` is what one process may use, in bytes; `measured` says whether `speed` was measured on it."""
+
+    name: str
+    kind: str  # cpu or cuda
+    memory: int
+    speed: Speed
+    measured: bool
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """A card that is not here: dense tensor-core FLOP/s in bf16 (fp16 where it has no bf16), in fp32, bytes/s."""
+
+    memory_gb: float
+    low: float
+    fp32: float
+    bytes_per_second: float
+    bf16: bool = True
+
+    def products(self, inputs: int, outputs: int, rows: int, precision: str) -> float:
+        return UTILISATION * (self.fp32 if precision == "fp32" else self.low)
+
+    def bandwidth(self) -> float:
+        return 0.8 * self.bytes_per_second
+
+
+CARDS = {  # makers' data sheets: TFLOP/s dense with fp32 accumulation, memory as the driver shows it in GiB
+    "t4-16g": DataSheet(15, 65e12, 8.1e12, 320e9, bf16=False),
+    "v100-32g": DataSheet(32, 112e12, 14e12, 900e9, bf16=False),
+    "rtx3060-12g": DataSheet(12, 25e12, 12.7e12, 360e9),
+    "rtx3090-24g": DataSheet(24, 71e12, 35.6e12, 936e9),
+    "rtx4090-24g": DataSheet(24, 165e12, 82.6e12, 1008e9),
+    "rtx5090-32g": DataSheet(32, 209e12, 105e12, 1792e9),
+    "a10-24g": DataSheet(22.5, 125e12, 31.2e12, 600e9),
+    "l4-24g": DataSheet(22.5, 121e12, 30.3e12, 300e9),
+    "l40s-48g": DataSheet(45, 362e12, 91.6e12, 864e9),
+    "a100-40g": DataSheet(39.5, 312e12, 19.5e12, 1555e9),
+    "a100-80g": DataSheet(79, 312e12, 19.5e12, 2039e9),
+    "h100-80g": DataSheet(79, 989e12, 67e12, 3350e9),
+    "h200": DataSheet(140, 989e12, 67e12, 4800e9),
+    "b200": DataSheet(179, 2250e12, 80e12, 8000e9),
+}
+
+
+def machine(name: str | None = None) -> Machine:
+    """The machine at hand (None), one of CARDS, or `cpu-24g`: this processor with another amount of memory."""
+    if name is None:
+        return here()
+    if name in CARDS:
+        card = CARDS[name]
+        return Machine(name, "cuda", int(card.memory_gb * GIB), card, measured=False, bf16=card.bf16)
+    size = name.removeprefix("cpu-").removesuffix("g")
+    if name.startswith("cpu-") and name.endswith("g") and size.isdigit() and int(size):
+        return Machine(name, "cpu", int(size) * GIB, Probe("cpu"), measured=True)
+    raise RequestError(
+        f"there is no device called {name}",
+        where="--device",
+        hint=f"Known: cpu-24g (any number), {', '.join(CARDS)}; none for the machine at hand.",
+    )
+
+
+def here() -> Machine:
+    """What this process would train on, and the memory that is free there now."""
+    import torch
+
+    from ..model.precision import best_device
+
+    device = best_device()
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        low = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Machine(torch.cuda.get_device_name(device), "cuda", free, Probe("cuda"), measured=True, bf16=low)
+    return Machine(f"this CPU ({torch.get_num_threads()} threads)", "cpu", free_memory(), Probe("cpu"), measured=True)
+
+
+def free_memory() -> int:
+    """Bytes that a process could still take without swapping: the kernel's estimate, or less where a control group
+    says so; and what this process holds already, since a plan counts that as framework."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        available = min(available, int(most) - int(used.read_text()))
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return available + resident
+
+
+class Probe:
+    """The speed of the machine at hand, measured in the sizes that are asked for and remembered in home()/speeds.json.
+
+    A product is timed forward (x W^T) and back (g W), rows limited so that one takes at most some hundredths of a
+    second; a linear layer of a model is the same call.
+    """
+
+    MOST = 6e9  # FLOPs of one timed product
+    ROUNDS = 5
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def products(self, inputs: int, outputs: int, rows: int, precision: str) -> float:
+        rows = max(64, min(rows, int(self.MOST / (4 * inputs * outputs)), 2048))
+        rows = 1 << (rows.bit_length() - 1)  # powers of two: few enough to remember
+        return self._remembered(f"{precision} {inputs}x{outputs} rows {rows}", _time_product,
+                                (inputs, outputs, rows, precision))  # fmt: skip
+
+    def bandwidth(self) -> float:
+        return self._remembered("bytes", _time_vectors, ())
+
+    def _remembered(self, what: str, measure, sizes: Sequence) -> float:  # type: ignore[no-untyped-def]
+        path, machine = home() / "speeds.json", _fingerprint(self.kind)
+        known = read_json(path) if path.exists() else {}
+        if what not in known.get(machine, {}):
+            known.setdefault(machine, {})[what] = measure(self.kind, *sizes)
+            write_json(path, known)
+        return known[machine][what]
+
+
+@lru_cache
+def _fingerprint(kind: str) -> str:
+    """What the measured speeds belong to."""
+    import torch
+
+    if kind == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _time_product(kind: str, inputs: int, outputs: int, rows: int, precision: str) -> float:
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    x = torch.randn(rows, inputs, device=kind).to(dtype)
+    w = torch.randn(outputs, inputs, device=kind).to(dtype)
+
+    def once() -> None:
+        (x @ w.t()) @ w
+
+    return 4 * inputs * outputs * rows / _median_seconds(once, kind)
+
+
+def _time_vectors(kind: str) -> float:
+    import torch
+
+    x = torch.randn(4_000_000, device=kind)  # 16 MB: larger than a core's own cache, as activations are
+
+    return 2 * 4 * x.numel() / _median_seconds(lambda: x.mul(1.0), kind)
+
+
+def _median_seconds(once, kind: str) -> float:  # type: ignore[no-untyped-def]
+    import torch
+
+    taken = []
+    for _ in range(Probe.ROUNDS + 1):
+        start = time.perf_counter()
+        once()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return sorted(taken[1:])[Probe.ROUNDS // 2]
