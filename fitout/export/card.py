@@ -190,8 +190,8 @@ def facts_of(directory: RunDir, recipe: Any) -> dict[str, Any]:
     return {
         "Data": _data(status, report),
         "Training": _training(status, recipe),
-        "Scores": _scores(scores),
-        "Kept from the base": _retention(scores),
+        "Scores, with 95 % intervals": _scores(scores),
+        "Kept from the base, with 95 % intervals": _retention(scores),
         "Hardware and software": _machine(status),
     }
 
@@ -208,7 +208,7 @@ def _data(status: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     for what in ("quarantined", "removed", "repaired"):
         facts[what] = "; ".join(f"{count:,} {why}" for why, count in report[what].items()) or "0"
     facts["training tokens"] = f"{part['tokens']:,}, of them supervised {part['supervised']:,}"
-    facts["longest sample"] = f"{report['max_length']:,} tokens; longer ones: {report['too_long']}"
+    facts["longest allowed"] = f"{report['max_length']:,} tokens; longer ones: {report['too_long']}"
     for task, counts in report.get("tasks", {}).items():
         facts[f"task {task}"] = ", ".join(f"{name} {count}" for name, count in counts.items())
     return facts

@@ -1,4 +1,4 @@
-"""Small random models of the families that GGUF is written for, as saved folders with the embedded tokenizer."""
+"""Small models for export: random ones of the families that GGUF is written for, adapters, and a finished run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from pathlib import Path
 
 import torch
 
+from fitout.chat import ChatSettings
 from fitout.chat.render import Chat, open_chat
+from fitout.config import build
+from fitout.export.merge import merge_adapter
 from fitout.export.write import save_chat
-from fitout.model.load import SHELL
+from fitout.model import methods
+from fitout.model.load import SHELL, grow_vocabulary, load_base
+from fitout.model.methods import LoraSettings
+from fitout.rundir import RunDir
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
@@ -65,3 +71,38 @@ def save_family(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
     model.to(dtype).save_pretrained(folder)
     save_chat(chat, folder)
     return chat
+
+
+def save_lora(
+    folder: Path, *, base: Path = SHELL, settings: ChatSettings | None = None, seed: int = 3, **lora: object
+) -> Chat:
+    """A LoRA adapter with a random B, large enough to change every logit; added tokens' embeddings are trained too."""
+    chat = open_chat(base, settings)
+    model = load_base(str(base), packed=False)
+    if chat.grown:
+        grow_vocabulary(model, len(chat.tokenizer))
+    method = methods.create(LoraSettings(**{"rank": 4, "alpha": 16, **lora}))
+    torch.manual_seed(seed)
+    method.apply(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif parameter.requires_grad and "lora_" not in name:  # what the added tokens' embeddings have learned
+            with torch.no_grad():
+                parameter[-3:] += 0.1 * torch.randn_like(parameter[-3:])
+    folder.mkdir(parents=True)
+    method.save(model, folder, base=str(base))
+    save_chat(chat, folder)
+    return chat
+
+
+def save_run(folder: Path, **lora: object) -> RunDir:
+    """A run directory as a finished run leaves it: recipe, status, adapter, merged, some test rows."""
+    run = RunDir(folder)
+    folder.mkdir(parents=True)
+    recipe = {"name": "small", "model": {"base": "embedded:shell"}, "data": {"sources": [{"path": "rows.jsonl"}]}}
+    run.recipe.write_text(build(recipe).to_yaml(), encoding="utf-8")
+    run.update_status(status="done", trained_steps=3, merged_steps=3, training={"steps": 3}, seed=0)
+    save_lora(run.adapter, **lora)
+    merge_adapter(str(SHELL), run.adapter, run.merged, name="small", facts={})
+    return run

@@ -1,12 +1,10 @@
-"""Stop ids and the card, as other tools read them."""
+"""Stop ids and the tokenizer, as other tools read them."""
 
 from __future__ import annotations
 
-import yaml
-
 from fitout.chat import ChatSettings
 from fitout.chat.render import open_chat
-from fitout.export.write import save_chat, set_stop_ids, write_card
+from fitout.export.write import save_chat, set_stop_ids
 from fitout.model.load import SHELL, save_model
 from tests.conftest import tiny_llama
 
@@ -24,15 +22,6 @@ def test_stop_ids_are_in_the_generation_config(tmp_path):
         stop = saved.eos_token_id if isinstance(saved.eos_token_id, list) else [saved.eos_token_id]
         assert tuple(stop) == chat.stop_ids
         assert saved.temperature == 0.7  # what the base brought along stays
-
-
-def test_the_card_is_markdown_with_a_yaml_head(tmp_path):
-    facts = {"Training": {"steps": 3, "note": "a | b\nc"}, "Scores": {}, "More": {"x": 1}}
-    write_card(tmp_path, name="my-run", base="owner/name", facts=facts)
-    _, head, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    assert yaml.safe_load(head) == {"base_model": "owner/name", "library_name": "transformers", "tags": ["fitout"]}
-    assert "# my-run" in body and "| steps | 3 |" in body and "| note | a \\| b c |" in body
-    assert "## Scores" not in body and "## More" in body
 
 
 def test_a_saved_tokenizer_loads_with_its_template(tmp_path):
