@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -182,7 +183,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         sizes = sorted(abs(error) for error in errors)
         found[what] = {
             "median": round(median(sizes), 3),
-            "ninety_percent_within": round(sizes[int(0.9 * (len(sizes) - 1))], 3),
+            "ninety_percent_within": round(sizes[math.ceil(0.9 * len(sizes)) - 1], 3),
             "largest": round(sizes[-1], 3),
             "bias": round(float(np.mean(errors)), 3),
             "target": target,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,7 +71,7 @@ def _errors(name: str, rows: list[dict[str, Any]]) -> str:
     for key, target in (("peak_mb", 0.10), ("step_seconds", 0.20)):
         sizes = sorted(abs(row["predicted"][key] / row["measured"][key] - 1) for row in rows)
         within = sum(size <= target for size in sizes)
-        nine = sizes[int(0.9 * (len(sizes) - 1))]
+        nine = sizes[ceil(0.9 * len(sizes)) - 1]
         cells += [f"{100 * median(sizes):.0f} %", f"{100 * nine:.0f} %", f"{within} of {len(sizes)}"]
     return f"| {' | '.join(cells)} |"
 
