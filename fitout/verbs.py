@@ -293,7 +293,7 @@ def export(
     written differs (CheckError).
     """
     from .export import ENGINES, STORED_AS, engines
-    from .export.bundle import Wanted, export_merged, export_unmerged, merged_beside, require_free
+    from .export.bundle import Wanted, export_merged, export_unmerged, export_with_code, merged_beside, require_free
 
     if engine not in ENGINES or stored_as not in (None, *STORED_AS):
         raise RequestError(
@@ -315,9 +315,12 @@ def export(
     for note in engines.notes(parts, unmerged=unmerged):
         screen.say(note)
     name = recipe.name if recipe else to.name
-    wanted = Wanted(engine, to, name, stored_as, _facts(directory, recipe), texts)
+    into = recipe.export.merge_into if recipe else "dequantised"
+    wanted = Wanted(engine, to, name, stored_as, _facts(directory, recipe), texts, into)
     if unmerged:
         return export_unmerged(parts, wanted)
+    if engines.carries_code(engine, parts):
+        return export_with_code(parts, wanted)
     if recipe is not None and parts.adapter is not None:
         with _working(directory, recipe, screen):
             return export_merged(parts, _merge(recipe, directory, screen), wanted)

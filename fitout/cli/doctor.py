@@ -11,6 +11,8 @@ OPTIONAL = {
     "datasets": "hub data sets (hf://): pip install 'fitout[hub]'",
     "modelscope": "ModelScope data sets (ms://): pip install 'fitout[modelscope]'",
     "jieba": "ROUGE and F1 by Chinese words: pip install 'fitout[zh]'",
+    "gguf": "files for llama.cpp and Ollama: pip install 'fitout[gguf]'",
+    "peft": "several adapters as one: pip install 'fitout[peft]'",
     "wandb": "Weights & Biases: pip install 'fitout[wandb]'",
     "mlflow-skinny": "MLflow: pip install 'fitout[mlflow]'",
 }

@@ -16,9 +16,10 @@ import torch
 from ..chat.render import SAMPLE
 from ..errors import CheckError, RequestError
 from ..files import explain_os_errors, read_json, sha256_file, staged_folder, write_json, write_text
-from ..model.load import load_adapter, load_base
+from ..model.load import DTYPES, load_adapter, load_base
+from ..model.methods import saved_in
 from . import Engine, StoredAs
-from .engines import Parts, quantised, vllm_rank
+from .engines import Parts, vllm_rank
 from .gguf import STORED, write_gguf
 from .gguf_check import check_tensors, model_of, read_gguf
 from .gguf_vocab import describe
@@ -51,6 +52,7 @@ class Wanted:
     kind: StoredAs | None
     facts: Mapping[str, Any]
     texts: tuple[str, ...]
+    into: str = "dequantised"  # which weights the adapter of a quantised base was merged into
 
 
 def export_merged(parts: Parts, plain: Path, wanted: Wanted) -> Exported:
@@ -59,7 +61,7 @@ def export_merged(parts: Parts, plain: Path, wanted: Wanted) -> Exported:
     Raises CheckError, and leaves nothing behind, when the logits or the token ids are not those of what was trained.
     """
     probes = probe_ids(parts.chat, parts.config.vocab_size)
-    truth = true_logits(parts, plain, probes)
+    truth = true_logits(parts, plain, probes, wanted.into)
     with staged_folder(wanted.to) as folder:
         if wanted.engine in ("ollama", "llamacpp"):
             exported = _write_gguf_folder(parts, plain, folder, wanted, truth, probes)
@@ -83,14 +85,49 @@ def export_unmerged(parts: Parts, wanted: Wanted) -> Exported:
     return exported
 
 
-def true_logits(parts: Parts, plain: Path, probes: list[torch.Tensor]) -> torch.Tensor:
-    """The logits of what was trained: base + adapter where they compute in full numbers, else of the merged model,
-    which was compared with its quantised base when it was made."""
-    if parts.adapter is None or quantised(parts):
+def true_logits(parts: Parts, plain: Path, probes: list[torch.Tensor], into: str) -> torch.Tensor:
+    """The logits of what was trained: of base + adapter, computed afresh, where there is an adapter.
+
+    A base that was quantised in training is so here too, unless the adapter went `into` the "original" weights.
+    """
+    if parts.adapter is None:
         return logits(load_base(str(plain), packed=False), probes)
-    model = load_base(parts.base, packed=False, revision=parts.revision, trust_remote_code=parts.trust_remote_code)
-    load_adapter(model, parts.adapter)
+    method = saved_in(parts.adapter)
+    trained_over = method.trained_in(parts.adapter)
+    if trained_over and into == "original":
+        method, trained_over = method.plain(), None
+    dtype = DTYPES[trained_over or "fp32"]
+    model = load_base(
+        parts.base,
+        dtype=dtype,
+        packed=False,
+        extra=method.load_kwargs(dtype),
+        revision=parts.revision,
+        trust_remote_code=parts.trust_remote_code,
+    )
+    load_adapter(model, parts.adapter, method)
+    method.in_fp32(model)
     return logits(model, probes)
+
+
+def export_with_code(parts: Parts, wanted: Wanted) -> Exported:
+    """Base and an adapter that cannot be merged, as one folder with the code that puts them together."""
+    from .patched import write_patched
+
+    assert parts.adapter is not None and parts.unmergeable is not None
+    difference = write_patched(
+        parts.base,
+        parts.adapter,
+        wanted.to,
+        name=wanted.name,
+        facts=dict(wanted.facts),
+        revision=parts.revision,
+        trust_remote_code=parts.trust_remote_code,
+    )
+    exported = Exported(wanted.to, notes=[f"not merged: {parts.unmergeable.why}"])
+    exported.checked["logits, transformers with the folder's code"] = f"largest relative difference {difference:.2g}"
+    exported.notes.append("the folder brings code: transformers loads it with trust_remote_code=True")
+    return exported
 
 
 @contextmanager

@@ -225,14 +225,16 @@ def _training(status: dict[str, Any], recipe: Any) -> dict[str, Any]:
         "objective": recipe.objective.kind,
         "learning rate": train.lr or recipe.method.default_lr,
         "batch": f"{train.batch_tokens} tokens" if train.batch_tokens else f"{train.batch_size} examples",
-        "steps": f"{training.get('steps')} ({f'{train.epochs} epochs' if not train.max_steps else 'max_steps'})",
+        "steps": training.get("steps"),
+        "epochs asked for": None if train.max_steps else train.epochs,
         "supervised tokens": training.get("supervised_tokens"),
         "trained parameters": _share(training),
         "precision": status.get("precision"),
         "validation loss, base": _rounded(training.get("base_loss")),
-        "validation loss, best": f"{_rounded(training.get('best_loss'))} (step {training.get('best_step')})",
+        "validation loss, best": _rounded(training.get("best_loss")),
+        "best step": training.get("best_step"),
         "seed": status.get("seed"),
-        "time": f"{training.get('seconds')} s",
+        "seconds": training.get("seconds"),
     }
 
 
@@ -274,5 +276,5 @@ def _compared(score: dict[str, Any]) -> list[Any]:
 
 def _machine(status: dict[str, Any]) -> dict[str, Any]:
     versions = ", ".join(f"{name} {version}" for name, version in status.get("versions", {}).items())
-    return {"hardware": status.get("hardware") or status.get("device"), "processes": status.get("ranks"),
-            "versions": versions}  # fmt: skip
+    hardware = status.get("hardware") or status.get("device")
+    return {"hardware": hardware, "processes": status.get("ranks"), "versions": versions or None}

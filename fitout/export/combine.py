@@ -50,13 +50,13 @@ def combine(
 
     base = configs[0]["base_model_name_or_path"]
     plain = load_base(base, packed=False, revision=configs[0].get("revision"))
-    model: Any = PeftModel.from_pretrained(plain, str(found[0]), adapter_name="0")
+    model: Any = PeftModel.from_pretrained(plain, str(found[0]), adapter_name=_name(0))
     for i, one in enumerate(found[1:], 1):
-        model.load_adapter(str(one), adapter_name=str(i))
-    model.peft_config["0"].use_rslora = False  # PEFT copies it to the sum, whose factors hold all scaling already
+        model.load_adapter(str(one), adapter_name=_name(i))
+    model.peft_config[_name(0)].use_rslora = False  # PEFT copies it to the sum, whose factors hold all scaling already
     torch.manual_seed(SEED)
     model.add_weighted_adapter(
-        [str(i) for i in range(len(found))],
+        [_name(i) for i in range(len(found))],
         weights,
         "combined",
         combination_type="cat" if how == "linear" else how,
@@ -68,6 +68,10 @@ def combine(
         "combined by": how if how == "linear" else f"{how}, density {density:g}",
         "weights": ", ".join(f"{weight:g}" for weight in weights),
     }
+
+
+def _name(i: int) -> str:
+    return f"part{i}"  # a bare number would be taken for the number of a layer in PEFT's file names
 
 
 def _save(model: Any, folder: Path, first: Path, base: str, revision: str | None) -> None:

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 VLLM_RANK = 16  # without the flag
 MERGE = "export it merged (without --unmerged)"
-SERVE = "serve base and adapter with `fitout serve`"
-REQUIRES = {
-    "BOTTLENECK": "a bottleneck adapter is nonlinear: no weights of the plain architecture compute the same",
-}
+SERVE = "serve base and adapter with `fitout serve`, or use --for transformers, which writes code beside the weights"
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class Parts:
     adapter_config: dict[str, Any]
     adapter_names: tuple[str, ...]
     chat: Chat
+    unmergeable: Obstacle | None = None  # why the adapter cannot be folded into its base
     trust_remote_code: bool = False
 
     @property
@@ -77,6 +75,7 @@ def look(what: str | Path, *, trust_remote_code: bool = False) -> Parts:
         adapter_config=read_json(found.adapter / "adapter_config.json") if found.adapter else {},
         adapter_names=tuple(adapter_tensors(found.adapter)) if found.adapter else (),
         chat=open_chat(found.chat_folder, revision=found.revision, trust_remote_code=trust_remote_code),
+        unmergeable=_unmergeable(found.adapter) if found.adapter else None,
         trust_remote_code=trust_remote_code,
     )
 
@@ -85,7 +84,7 @@ def obstacles(engine: Engine, parts: Parts, *, unmerged: bool = False, texts: tu
     """Every reason why `engine` cannot load this, in the form asked for: empty when it can."""
     if unmerged:
         return _unmerged(engine, parts)
-    found = _unmergeable(parts)
+    found = [parts.unmergeable] if parts.unmergeable and not carries_code(engine, parts) else []
     if engine in ("ollama", "llamacpp"):
         found += _gguf(engine, parts, texts)
     if getattr(parts.config, "auto_map", None):
@@ -96,6 +95,11 @@ def obstacles(engine: Engine, parts: Parts, *, unmerged: bool = False, texts: tu
             )
         )
     return found
+
+
+def carries_code(engine: Engine, parts: Parts) -> bool:
+    """Whether the folder brings the code that puts base and adapter together, for what weights alone cannot say."""
+    return engine == "transformers" and parts.kind in SAVED and parts.unmergeable is not None
 
 
 def notes(parts: Parts, *, unmerged: bool = False) -> list[str]:
@@ -131,19 +135,12 @@ def vllm_rank(parts: Parts) -> int:
     return next(rank for rank in VLLM_RANKS if rank >= parts.rank)
 
 
-def _unmergeable(parts: Parts) -> list[Obstacle]:
-    if parts.adapter is None:
-        return []
-    if parts.kind in REQUIRES:
-        return [Obstacle(REQUIRES[parts.kind], SERVE)]
-    if parts.kind not in SAVED:
-        return [Obstacle(f"its adapter is of type {parts.kind}, which Fitout does not compute",
-                         "merge it with the tool that made it, and export the merged model")]  # fmt: skip
+def _unmergeable(adapter: Path) -> Obstacle | None:
     try:
-        reason = saved_in(parts.adapter).unmergeable
-    except FitoutError as error:
-        return [Obstacle(error.message, error.hint.rstrip(".") or SERVE)]
-    return [Obstacle(reason, SERVE)] if reason else []
+        reason = saved_in(adapter).unmergeable
+    except FitoutError as error:  # made by another tool, in a way that is not computed here
+        return Obstacle(error.message, error.hint.rstrip("."))
+    return Obstacle(reason, SERVE) if reason else None
 
 
 def _unmerged(engine: Engine, parts: Parts) -> list[Obstacle]:
@@ -153,7 +150,7 @@ def _unmerged(engine: Engine, parts: Parts) -> list[Obstacle]:
     if engine != "vllm":
         return [Obstacle(f"{engine} takes a whole model; only vLLM is given base and adapter", MERGE)]
     if parts.kind != "LORA":
-        remedy = SERVE if parts.kind in REQUIRES else MERGE
+        remedy = parts.unmergeable.remedy if parts.unmergeable else MERGE
         return [Obstacle(f"vLLM computes LoRA adapters, not {parts.kind}", remedy)]
     config = parts.adapter_config
     whole = sorted({name for name in parts.adapter_names if ".lora_" not in name})

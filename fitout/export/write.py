@@ -50,8 +50,9 @@ def write_card(folder: Path, *, name: str, base: str, facts: Facts) -> None:
 
 
 def table(values: Mapping[str, Any] | Sequence[Sequence[Any]]) -> str:
-    """A Markdown table: of names and values, or of rows whose first is the head."""
-    rows: list[Sequence[Any]] = [("", ""), *values.items()] if isinstance(values, Mapping) else list(values)
+    """A Markdown table: of names and values (what is not known is left out), or of rows whose first is the head."""
+    known = [item for item in values.items() if item[1] is not None] if isinstance(values, Mapping) else []
+    rows: list[Sequence[Any]] = [("", ""), *known] if isinstance(values, Mapping) else list(values)
     lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     if isinstance(values, Mapping):
         lines[0] = "| | |"

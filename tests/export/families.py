@@ -13,7 +13,7 @@ from fitout.export.merge import merge_adapter
 from fitout.export.write import save_chat
 from fitout.model import methods
 from fitout.model.load import SHELL, grow_vocabulary, load_base
-from fitout.model.methods import LoraSettings
+from fitout.model.methods import AdapterSettings, LoraSettings
 from fitout.rundir import RunDir
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -94,6 +94,20 @@ def save_lora(
     method.save(model, folder, base=str(base))
     save_chat(chat, folder)
     return chat
+
+
+def save_bottleneck(folder: Path) -> None:
+    """A nonlinear adapter whose way up is random, so that it adds something."""
+    chat, model = open_chat(SHELL), load_base(str(SHELL), packed=False)
+    method = methods.create(AdapterSettings())
+    torch.manual_seed(3)
+    method.apply(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("up.weight"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    folder.mkdir(parents=True)
+    method.save(model, folder, base=str(SHELL))
+    save_chat(chat, folder)
 
 
 def save_run(folder: Path, **lora: object) -> RunDir:

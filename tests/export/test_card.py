@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+import runpy
 
 import pytest
+import torch
 import yaml
 
 from fitout.chat import ChatSettings
+from fitout.chat.render import open_chat
 from fitout.config import build
 from fitout.export import card
 from fitout.export.card import facts_of
-from fitout.export.write import table, write_card
-from fitout.model.load import SHELL, load_base, save_model
+from fitout.export.merge import logits, probe_ids
+from fitout.export.write import save_chat, table, write_card
+from fitout.model.load import SHELL, load_adapter, load_base, save_model
 from fitout.rundir import RunDir
-from tests.equal.small import environment
 from tests.export.families import save_lora
 
 
@@ -74,34 +75,35 @@ def test_what_a_method_wrote_about_its_files_stays(tmp_path):
     assert "fitout serve" in body and "PEFT does not load it" in body and head["tags"] == ["fitout", "bottleneck"]
 
 
-def run_snippet(folder) -> str:
+def run_snippet(folder, monkeypatch) -> dict:
+    """Runs the card's Python in its own folder, as a reader does; returns its variables."""
     code = re.search(r"```python\n(.*?)```", read(folder)[1], re.S).group(1)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    (folder / "snippet.py").write_text(code)
+    monkeypatch.chdir(folder)
+    return runpy.run_path("snippet.py")
 
 
-def test_the_snippet_of_a_model_runs(tmp_path):
+def test_the_snippet_of_a_model_runs(tmp_path, monkeypatch, capsys):
     save_model(load_base(str(SHELL), packed=False), tmp_path)
-    save_lora(tmp_path / "adapter")
-    from fitout.chat.render import open_chat
-    from fitout.export.write import save_chat
-
     save_chat(open_chat(SHELL), tmp_path)
     write_card(tmp_path, name="m", base=str(SHELL), facts={})
-    assert run_snippet(tmp_path).strip()
+    run_snippet(tmp_path, monkeypatch)
+    assert capsys.readouterr().out.strip()
     assert "ends with token 0 (`<|endoftext|>`)" in read(tmp_path)[1]
     assert "User: Which way is north?\nAssistant:" in read(tmp_path)[1]
 
 
-def test_the_snippet_of_an_adapter_with_added_tokens_runs(tmp_path):
+def test_the_snippet_of_an_adapter_gives_the_trained_model(tmp_path, monkeypatch):
+    """Loaded by plain PEFT as the card says, added tokens and their embeddings included."""
     pytest.importorskip("peft")
     save_lora(tmp_path / "adapter", settings=ChatSettings(template="chatml", add_tokens=True))
     write_card(tmp_path / "adapter", name="m", base=str(SHELL), facts={})
     assert "resize_token_embeddings" in read(tmp_path / "adapter")[1]
-    run_snippet(tmp_path / "adapter")
+    theirs = run_snippet(tmp_path / "adapter", monkeypatch)["model"]
+    ours = load_base(str(SHELL), packed=False)
+    load_adapter(ours, tmp_path / "adapter")
+    probes = probe_ids(open_chat(tmp_path / "adapter"), 2946)
+    torch.testing.assert_close(logits(theirs, probes), logits(ours, probes), rtol=1e-4, atol=1e-4)
 
 
 def test_a_runs_record(tmp_path):

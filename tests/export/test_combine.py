@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 from fitout import verbs
 from fitout.chat import ChatSettings
+from fitout.cli.app import app
 from fitout.errors import CheckError, FitoutError
 from fitout.export.combine import SEED, combine
 from fitout.files import read_json, write_json
@@ -73,6 +75,7 @@ def test_rank_stabilised_scales_are_kept(tmp_path):
         write_json(tmp_path / name / "adapter_config.json", {**config, "use_rslora": True})
     combine([tmp_path / "a", tmp_path / "b"], tmp_path / "out", how="linear", weights=[1, 2])
     a, b = deltas(tmp_path / "a"), deltas(tmp_path / "b")
+    assert a.keys() == deltas(tmp_path / "out").keys()
     for name, delta in deltas(tmp_path / "out").items():
         torch.testing.assert_close(delta, a[name] + 2 * b[name], rtol=1e-5, atol=1e-6)
 
@@ -152,12 +155,14 @@ def test_a_refused_merge_leaves_nothing(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
 
 
-def test_the_command(tmp_path):
-    from tests.equal.small import call
-
+def test_the_command(tmp_path, capsys):
     for name, seed in (("a", 1), ("b", 2)):
         save_lora(tmp_path / name, seed=seed)
-    done = call("merge", tmp_path / "a", tmp_path / "b", "--weights", "1,0.5", "--to", tmp_path / "out", "--json")
-    assert json.loads(done.stdout)["merged model"] == str(tmp_path / "out" / "merged")
-    call("merge", tmp_path / "a", tmp_path / "b", code=2)
-    call("merge", tmp_path / "a", tmp_path / "b", "--weights", "x", "--to", tmp_path / "o", code=2)
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+    typer.main.get_command(app)(["merge", *both, "--weights", "1,0.5", "--to", str(tmp_path / "out"), "--json"],
+                                standalone_mode=False)  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["merged model"] == str(tmp_path / "out" / "merged")
+    for wrong in ([], ["--weights", "x", "--to", str(tmp_path / "o")]):
+        with pytest.raises(FitoutError) as error:
+            typer.main.get_command(app)(["merge", *both, *wrong], standalone_mode=False)
+        assert error.value.exit_code == 2

@@ -8,7 +8,8 @@ import pytest
 
 from fitout.errors import RequestError
 from fitout.export.engines import look, notes, obstacles, refuse, vllm_rank
-from tests.export.families import save_lora
+from fitout.files import write_json
+from tests.export.families import save_bottleneck, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +63,27 @@ def test_the_rank_flag(parts, rank, flag):
     assert [f"--max-lora-rank {flag}" in note for note in notes(ranked, unmerged=True)] == [True] * (rank > 16)
 
 
-def test_a_nonlinear_adapter_goes_nowhere_and_says_why(parts):
-    bottleneck = changed(parts, peft_type="BOTTLENECK")
-    for engine in ("transformers", "vllm", "ollama", "llamacpp"):
-        found = obstacles(engine, bottleneck)
+def test_a_nonlinear_adapter_says_why(tmp_path):
+    save_bottleneck(tmp_path / "adapter")
+    parts = look(tmp_path / "adapter")
+    for engine in ("vllm", "ollama", "llamacpp"):
+        found = obstacles(engine, parts)
         assert "nonlinear" in found[0].why and "fitout serve" in found[0].remedy
-    assert "fitout serve" in obstacles("vllm", bottleneck, unmerged=True)[0].remedy
+    assert "fitout serve" in obstacles("vllm", parts, unmerged=True)[0].remedy
+    assert obstacles("transformers", parts) == []  # with code of its own beside the weights
 
 
-def test_other_adapters(parts):
+def test_other_adapters(tmp_path, parts):
     assert "SPARSE" in obstacles("vllm", changed(parts, peft_type="SPARSE"), unmerged=True)[0].why
     assert "merged" in obstacles("vllm", changed(parts, peft_type="SPARSE"), unmerged=True)[0].remedy
-    assert "type IA3" in obstacles("transformers", changed(parts, peft_type="IA3"))[0].why
     for engine in ("transformers", "ollama"):
         assert "takes a whole model" in obstacles(engine, parts, unmerged=True)[0].why
     assert "no adapter" in obstacles("vllm", look("embedded:shell"), unmerged=True)[0].why
+    save_lora(tmp_path / "adapter")
+    write_json(tmp_path / "adapter" / "adapter_config.json", {**parts.adapter_config, "peft_type": "IA3"})
+    for engine in ("transformers", "vllm", "ollama"):
+        found = obstacles(engine, look(tmp_path / "adapter"))
+        assert "type IA3" in found[0].why and "tool that made it" in found[0].remedy
 
 
 def test_gguf_obstacles(parts, monkeypatch):
