@@ -204,6 +204,7 @@ def _rows(case: Case, run: Path, folder: Path) -> dict[str, Any]:
         "quarantined_lines": _lines(run / "data" / "quarantine.jsonl"),
         "trained_tokens": report["parts"]["train"]["supervised"],
         "tokens": report["parts"]["train"]["tokens"],
+        "unknown_tokens": report["parts"]["train"]["unknown"],
     }
 
 
@@ -251,10 +252,12 @@ def _judged_by_plain_tools(case: Case, run: Path) -> dict[str, Any]:
 
 
 def _kills(case: Case, recipe: Path, run: Path, threads: int) -> list[dict[str, Any]]:
-    """The recipe again, killed at KILLS random steps (seeded by the case's name), each then run to its end."""
+    """The recipe again, killed at a random step of each of KILLS stretches (seeded by the case's name), each
+    then run to its end."""
     draw = random.Random(case.name)
     kills = []
-    for step in sorted(draw.sample(range(SAVE_EVERY + 1, case.steps), KILLS)):
+    first, span = SAVE_EVERY + 1, case.steps - SAVE_EVERY - 1
+    for step in [first + draw.randrange(span * n // KILLS, span * (n + 1) // KILLS) for n in range(KILLS)]:
         other = run.with_name(f"killed-{step}")
         seen = _kill_at(step, recipe, other, threads)
         _fitout(recipe, other, threads, FREE)

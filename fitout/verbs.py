@@ -666,6 +666,10 @@ def _prepare(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) -> t
     part = report["parts"]["train"]
     share = 100 * part["supervised"] / max(1, part["tokens"])
     screen.say(f"training tokens: {part['tokens']:,}, of them trained {part['supervised']:,} ({share:.0f} %)")
+    if unknown := part.get("unknown"):  # data prepared by an earlier version have no count of it
+        screen.say(
+            f"{unknown:,} training tokens are unknown to the tokenizer: what they stood for is lost to the model"
+        )
     for name in ("validation", "test"):
         if getattr(recipe.data.split, name) and not report["kept"][name]:
             screen.say(f"no sample is in the {name} part (too few to split); a source of its own has `split: {name}`")

@@ -344,6 +344,7 @@ def _report(
 ) -> dict[str, Any]:
     """Everything the data report and the screen show, as plain values."""
     parts = {}
+    unknown = _unknown_id(chat)
     for name in PARTS:
         flat = [tokens for _, group in rendered[name] for tokens in group]
         parts[name] = {
@@ -352,6 +353,7 @@ def _report(
             "tokens": sum(len(tokens.ids) for tokens in flat),
             "supervised": sum(tokens.supervised for tokens in flat),
             "no_end": sum(not _ends_trained(tokens, chat) for tokens in flat) if wants != "text" else 0,
+            "unknown": sum(tokens.ids.count(unknown) for tokens in flat) if unknown is not None else 0,
             "lengths": _histogram([len(tokens.ids) for tokens in flat], settings.max_length),
         }
     counts = asdict(work.counts)
@@ -369,6 +371,12 @@ def _report(
         "template": chat.template_name,
         "notes": chat.notes,
     }
+
+
+def _unknown_id(chat: Chat) -> int | None:
+    """The token that stands for text the tokenizer cannot spell; some tokenizers give that name to their end token."""
+    own = chat.tokenizer
+    return None if own.unk_token_id in (own.eos_token_id, own.bos_token_id) else own.unk_token_id
 
 
 def _ends_trained(tokens: Tokens, chat: Chat) -> bool:

@@ -260,3 +260,12 @@ def test_the_blocks_of_a_text_are_shuffled_apart(tmp_path):
     part = prepared.part("train")
     assert len(part) > 20 and len(set(part.groups.tolist())) == len(part)
     assert max(len(Batches(part, batch_size=4).rows(step)) for step in range(5)) == 4
+
+
+def test_what_a_tokenizer_cannot_spell_is_counted(tmp_path, shared):
+    """One `<unk>` for each character that a tokenizer of characters does not know; none for bytes, which spell all."""
+    path = write(tmp_path / "texts.jsonl", [{"text": f"line {n} says 你 and 好 again"} for n in range(20)])
+    split = {"train": 1, "validation": 0, "test": 0}
+    for base, wanted in ((shared / "models" / "babyllama", 40), (SHELL, 0)):
+        _, _, report = made(tmp_path / base.name, open_chat(base), [{"path": path}], "text", split=split)
+        assert report["parts"]["train"]["unknown"] == wanted
