@@ -1,13 +1,9 @@
 """A language model with bottleneck adapters inside, written by Fitout; needs torch and transformers only."""
 
+from typing import Any
+
+import transformers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class BottleneckConfig(LlamaConfig):
-    """The base's configuration under a name of its own, so that it is never loaded without its adapters."""
-
-    model_type = "fitout_bottleneck"
 
 
 class Bottleneck(nn.Module):
@@ -31,13 +27,25 @@ def adapted(block, args, kwargs, output):
     return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
-class BottleneckForCausalLM(LlamaForCausalLM):
-    config_class = BottleneckConfig
+def classes(family: str) -> tuple[Any, Any]:
+    """Configuration and model of a transformers family ("Llama") with adapters in the blocks that its config names."""
+    base_config: Any = getattr(transformers, family + "Config")
+    base_model: Any = getattr(transformers, family + "ForCausalLM")
 
-    def __init__(self, config):
-        super().__init__(config)
-        for name, (hidden, width) in config.bottleneck["blocks"].items():
-            block = self.get_submodule(name)
-            block.adapter = Bottleneck(hidden, width, config.bottleneck)
-            block.register_forward_hook(adapted, with_kwargs=True)
-        self.post_init()
+    class BottleneckConfig(base_config):
+        """The base's configuration under a name of its own, so that it is never loaded without its adapters."""
+
+        model_type = "fitout_bottleneck"
+
+    class BottleneckForCausalLM(base_model):
+        config_class = BottleneckConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            for name, (hidden, width) in config.bottleneck["blocks"].items():
+                block = self.get_submodule(name)
+                block.adapter = Bottleneck(hidden, width, config.bottleneck)
+                block.register_forward_hook(adapted, with_kwargs=True)
+            self.post_init()
+
+    return BottleneckConfig, BottleneckForCausalLM
