@@ -125,7 +125,7 @@ def export_with_code(parts: Parts, wanted: Wanted) -> Exported:
         trust_remote_code=parts.trust_remote_code,
     )
     exported = Exported(wanted.to, notes=[f"not merged: {parts.unmergeable.why}"])
-    exported.checked["logits, transformers with the folder's code"] = f"largest relative difference {difference:.2g}"
+    exported.checked["logits of the folder, loaded afresh"] = f"largest relative difference {difference:.2g}"
     exported.notes.append("the folder brings code: transformers loads it with trust_remote_code=True")
     return exported
 

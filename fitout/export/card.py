@@ -102,7 +102,9 @@ def usage(folder: Path, base: str) -> list[str]:
         stop = f", eos_token_id={chat['stop ids']}" if chat.get("stop ids") else ""
         text = PEFT.replace("BASE", json.dumps(base)).replace("{grow}", grow).replace("{stop}", stop)
     else:
-        text = OWN.replace("FOLDER", str(folder.name)) if kind else TRANSFORMERS
+        code = ", trust_remote_code=True" if _brings_code(folder) else ""
+        model = TRANSFORMERS.replace("from_pretrained(folder)\nmessages", f"from_pretrained(folder{code})\nmessages")
+        text = OWN.replace("FOLDER", str(folder.name)) if kind else model
     parts = [f"## How to use it\n\n{text}"]
     if chat:
         stops = ", ".join(f"{i} (`{t}`)" for i, t in zip(chat["stop ids"], chat["stop texts"], strict=True))
@@ -141,6 +143,11 @@ def _declared_licence(base: str) -> str | None:
         return None
     found = values.get("license") if isinstance(values, dict) else None
     return found if isinstance(found, str) else None
+
+
+def _brings_code(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.exists() and "auto_map" in read_json(path)
 
 
 def _has_embeddings(folder: Path) -> bool:

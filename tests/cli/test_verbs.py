@@ -76,17 +76,19 @@ def test_another_recipe_is_refused(finished):
 def test_the_card_says_what_was_done(finished):
     _, run, _ = finished
     card = (run.merged / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nbase_model: ") and "library_name: transformers" in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model:" not in card  # a folder is no hub id
     status = run.read_status()
     for fact in (
         "# tiny",
         "| steps | 2 |",
         str(status["data_fingerprint"]),
         "| seed | 0 |",
-        "'rank': 2",
+        "lora (rank 2,",
         "exact_match",
     ):
         assert fact in card, fact
+    adapter = (run.adapter / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in adapter and "exact_match" in adapter
 
 
 def test_the_merged_folder_is_plain_transformers(finished):

@@ -190,6 +190,7 @@ def test_a_bare_model_folder(tmp_path):
 def test_a_nonlinear_adapter_brings_its_code(tmp_path):
     save_bottleneck(tmp_path / "adapter")
     exported = verbs.export(tmp_path / "adapter", to=tmp_path / "out")
+    assert "from_pretrained(folder, trust_remote_code=True)\n" in (tmp_path / "out" / "README.md").read_text()
     assert list((tmp_path / "out").glob("*.py")) and "trust_remote_code=True" in exported.notes[-1]
     with pytest.raises(RequestError, match="nonlinear"):
         verbs.export(tmp_path / "adapter", engine="vllm", to=tmp_path / "vllm")
