@@ -57,6 +57,8 @@ def packed_attention(
     longest = max(segment.length for segment in segments)
     windowed = sliding_window is not None and longest > sliding_window
     if query.device.type == "cpu" and not dropout and not windowed and all(s.parent < 0 for s in segments):
+        if torch.is_autocast_enabled("cpu"):  # which casts for PyTorch's own attention, but not inside a function
+            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         return _Documents.apply(query, key, value, segments, scaling), None
     groups = query.shape[1] // key.shape[1]
     key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layout import Layout
+from ..layout import Layout, Segment
+from ..model.attention import NAME as PACKED
 from ..model.fused import linear_cross_entropy
 
 
@@ -21,12 +23,22 @@ class Objective(Protocol):
         """This layout's share of the step's loss: its sum divided by the step's `total` units."""
 
 
-def inputs(layout: Layout, device: torch.device) -> dict[str, object]:
-    """The forward's arguments for one layout: a batch of one row of T tokens, no mask, no cache."""
+ROUND_TO = 64  # tokens; a row of another length has bf16 kernels compiled for it on a CPU, 18 MB that are never freed
+
+
+def inputs(layout: Layout, device: torch.device, *, round_to: int = 1) -> dict[str, object]:
+    """The forward's arguments for one layout: a batch of one row of T tokens, no mask, no cache.
+
+    With `round_to` a document of its own, which nobody sees, fills the row up to a multiple of so many tokens.
+    """
+    filling = -layout.tokens % round_to
+    ids = np.concatenate([layout.ids, np.zeros(filling, np.int64)])
+    positions = np.concatenate([layout.positions, np.arange(filling, dtype=np.int64)])
+    more = (Segment(layout.tokens, layout.tokens + filling),) if filling else ()
     return {
-        "input_ids": torch.from_numpy(layout.ids).to(device)[None],
-        "position_ids": torch.from_numpy(layout.positions).to(device)[None],
-        "segments": layout.segments,
+        "input_ids": torch.from_numpy(ids).to(device)[None],
+        "position_ids": torch.from_numpy(positions).to(device)[None],
+        "segments": (*layout.segments, *more),
         "use_cache": False,
     }
 
@@ -41,11 +53,14 @@ def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     at = torch.from_numpy(layout.target_at).to(device)
     tokens = torch.from_numpy(layout.target_token).to(device)
     weights = torch.from_numpy(layout.target_weight).to(device)
+    low = torch.is_autocast_enabled(device.type) or model.dtype == torch.bfloat16
+    packed = model.config._attn_implementation == PACKED
+    fed = inputs(layout, device, round_to=ROUND_TO if low and device.type == "cpu" and packed else 1)
     if plain_head(model):
-        hidden = model.get_decoder()(**inputs(layout, device)).last_hidden_state[0]
+        hidden = model.get_decoder()(**fed).last_hidden_state[0]
         head = model.get_output_embeddings()
         return linear_cross_entropy(hidden.index_select(0, at), head.weight, head.bias, tokens, weights)
-    logits = model(**inputs(layout, device), logits_to_keep=at).logits[0].float()
+    logits = model(**fed, logits_to_keep=at).logits[0].float()
     losses = F.cross_entropy(logits, tokens, reduction="none")
     return (losses * weights).sum(), losses.detach()
 

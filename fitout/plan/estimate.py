@@ -164,10 +164,11 @@ def layer_bytes(shape: Shape, cost: Cost, setup: Setup) -> float:
     """Bytes that one layer keeps for each token."""
     bytes_of = constants()["kept"]["frozen" if cost.frozen_base else "trained"][_table(setup)]
     widths = {
-        "hidden": shape.hidden, "attention": shape.attention_width, "ffn": shape.ffn, "heads": shape.heads, "one": 1
+        "hidden": shape.hidden, "attention": shape.attention_width, "kv": shape.kv_width, "ffn": shape.ffn,
+        "heads": shape.heads, "one": 1,
     }  # fmt: skip
     every = sum(bytes_of[name] * width for name, width in widths.items())
-    unread = inputs_width(shape, lambda name: name not in cost.reads)
+    unread = inputs_width(shape, lambda name: name not in {*cost.reads, "output"})  # which attention keeps anyway
     return every - setup.width * unread + setup.width * cost.kept + _more_norms(shape, setup)
 
 

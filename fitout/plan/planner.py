@@ -136,7 +136,7 @@ def setup_of(train: TrainSettings, precision: str, device: str, *, devices: int 
     return Setup(
         precision=precision,
         device=device,
-        optimizer=getattr(train, "optimizer", "adamw"),
+        optimizer=train.optimizer,
         recompute=train.gradient_checkpointing is True,
         devices=devices,
         stage=stage,

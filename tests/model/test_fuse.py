@@ -162,8 +162,8 @@ def each_alone(leaves, segments):
     q, k, v = leaves
     parts = [
         F.scaled_dot_product_attention(
-            q[:, :, s.start : s.end], k[:, :, s.start : s.end].repeat_interleave(2, 1),
-            v[:, :, s.start : s.end].repeat_interleave(2, 1), is_causal=True, scale=0.3,
+            q[:, :, s.start : s.end], k[:, :, s.start : s.end].repeat_interleave(q.shape[1] // k.shape[1], 1),
+            v[:, :, s.start : s.end].repeat_interleave(q.shape[1] // v.shape[1], 1), is_causal=True, scale=0.3,
         )
         for s in segments
     ]  # fmt: skip
@@ -188,3 +188,16 @@ def test_documents_attention_equals_each_document_alone(dtype):
     for a, b, truth in zip(ours, theirs, exact, strict=True):  # no further from the truth than PyTorch's own is
         assert (a - truth).norm() <= 1.2 * (b - truth).norm()
         assert (a - truth).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * truth.norm()
+
+
+def test_documents_attention_under_autocast():
+    """Full fine-tuning in bf16: queries and keys come in fp32 from the rotation, values in bf16."""
+    torch.manual_seed(5)
+    leaves = [torch.randn(1, 4, 9, 8, requires_grad=True) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = packed_attention(None, *leaves[:2], leaves[2].bfloat16(), None, segments=(Segment(0, 9),), scaling=0.3)
+    assert out.dtype == torch.bfloat16
+    want = each_alone(leaves, (Segment(0, 9),))
+    torch.testing.assert_close(out.float(), want, atol=2e-2, rtol=2e-2)
+    out.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)

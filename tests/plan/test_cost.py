@@ -66,7 +66,7 @@ def test_lora_patterns_and_modules_trained_also():
 def test_dora_trains_one_magnitude_for_each_output():
     lora, dora = cost.lora(TINY, rank=4), cost.dora(TINY, rank=4)
     assert dora.trained - lora.trained == 2 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
-    assert dora.reads == lora.reads and dora.call_flops == 2 * 4 * TINY.linear_weights
+    assert dora.reads == lora.reads | {"down"} and dora.call_flops == 2 * 4 * TINY.linear_weights
 
 
 def test_four_bits_are_the_papers():

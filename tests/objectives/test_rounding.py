@@ -1,0 +1,35 @@
+"""Rows filled up to a round length for bf16 compute the same losses and gradients, to its rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fitout.data.pack import lay_out
+from fitout.objectives import base
+from tests.conftest import random_samples, tiny_llama
+
+
+def computed(model, layout):
+    model.zero_grad()
+    summed, losses = base.token_losses(model, layout)
+    summed.backward()
+    return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_filling_changes_nothing(monkeypatch):
+    ids, train_on = random_samples(5, prefix=20)
+    layout = lay_out(ids, train_on, range(5), share=True)
+    assert layout.tokens % base.ROUND_TO and any(segment.parent >= 0 for segment in layout.segments)
+    filled = base.inputs(layout, torch.device("cpu"), round_to=base.ROUND_TO)
+    assert filled["input_ids"].shape[1] % base.ROUND_TO == 0
+    assert filled["segments"][-1].end == filled["input_ids"].shape[1] == filled["position_ids"].shape[1]
+    assert np.array_equal(filled["input_ids"][0, : layout.tokens], layout.ids)
+    model = tiny_llama().to(torch.bfloat16)
+    losses, gradients = computed(model, layout)
+    monkeypatch.setattr(base, "ROUND_TO", 1)
+    plain_losses, plain_gradients = computed(model, layout)
+    torch.testing.assert_close(losses, plain_losses, rtol=2e-2, atol=2e-2)
+    for name, gradient in gradients.items():
+        gap = (gradient.float() - plain_gradients[name].float()).norm()
+        assert gap <= 2e-2 * plain_gradients[name].float().norm() + 1e-6, name
