@@ -11,6 +11,8 @@ OPTIONAL = {
     "datasets": "hub data sets (hf://): pip install 'fitout[hub]'",
     "modelscope": "ModelScope data sets (ms://): pip install 'fitout[modelscope]'",
     "jieba": "ROUGE and F1 by Chinese words: pip install 'fitout[zh]'",
+    "bitsandbytes": "bases in 4 bits (method qlora): pip install 'fitout[qlora]'",
+    "gguf": "exports for Ollama and llama.cpp: pip install 'fitout[gguf]'",
     "wandb": "Weights & Biases: pip install 'fitout[wandb]'",
     "mlflow-skinny": "MLflow: pip install 'fitout[mlflow]'",
 }
