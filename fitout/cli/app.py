@@ -40,18 +40,35 @@ def demo(out: Out = None, json: Json = False) -> None:
 
 @app.command()
 def init(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="a data file or folder")],
-    model: Annotated[str, typer.Option(help="a folder, a hub id, or embedded:shell")] = "embedded:shell",
-    method: Annotated[str, typer.Option(help="lora or full")] = "lora",
+    data: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DATA]", help="a data file or folder; without it, on a terminal, you are asked"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a folder, a hub id, or embedded:shell (default: embedded:shell)")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="full, lora, dora, qlora, adapter or sparse (default: the planner chooses)")
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="where it will run: cpu-24g, rtx3090-24g, h200, ... (default: this machine)")
+    ] = None,
+    aim: Annotated[
+        str | None, typer.Option(help="form, chat, knowledge, labels or text (default: by the look of the data)")
+    ] = None,
     to: Annotated[Path, typer.Option(help="where to write the recipe")] = Path("recipe.yaml"),
+    json: Json = False,
 ) -> None:
-    """Writes a commented recipe for a model and a data file."""
-    from .draft import write_recipe
+    """Writes a recipe for your data and model, with the reason for each key; asks when called without DATA."""
+    from .ask import ask, on_a_terminal
+    from .draft import look, refuse, write_recipe
     from .screen import open_screen
 
-    with open_screen() as screen:
-        write_recipe(data, model, method, to)
-        screen.say(f"wrote {to}; next: fitout run {to}")
+    refuse(to)
+    asked = data is None and not json and on_a_terminal()
+    wishes = ask(model, method, machine, aim) if asked else look(data, model, method, machine, aim)
+    with open_screen(json) as screen:
+        screen.show_draft(write_recipe(wishes, to), to)
 
 
 @app.command()

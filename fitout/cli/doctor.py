@@ -11,6 +11,7 @@ OPTIONAL = {
     "datasets": "hub data sets (hf://): pip install 'fitout[hub]'",
     "modelscope": "ModelScope data sets (ms://): pip install 'fitout[modelscope]'",
     "jieba": "ROUGE and F1 by Chinese words: pip install 'fitout[zh]'",
+    "bitsandbytes": "bases in 4 bits (method qlora): pip install 'fitout[qlora]'",
     "gguf": "files for llama.cpp and Ollama: pip install 'fitout[gguf]'",
     "peft": "several adapters as one: pip install 'fitout[peft]'",
     "wandb": "Weights & Biases: pip install 'fitout[wandb]'",

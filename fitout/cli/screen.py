@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,6 +22,7 @@ from ..verbs import Screen
 
 if TYPE_CHECKING:
     from ..export.bundle import Exported
+    from .advise import Advice
 
 
 class Terminal:
@@ -92,6 +95,19 @@ class Terminal:
             table.add_row("talk with it", Text(f"fitout chat {directory.path}"))
             table.add_row("serve it", Text(f"fitout serve {directory.path}"))
         self.console.print(table)
+
+    def show_draft(self, advice: Advice, to: Path) -> None:
+        """What the recipe goes by, and what to do next."""
+        if self.machine:
+            facts = {"recipe": str(to), "method": advice.method, "aim": advice.aim, "fits": advice.fits}
+            print(json.dumps({**facts, "about": advice.about}, ensure_ascii=False))
+            return
+        for line in advice.about:
+            self.say(line)
+        self.say(f"Method: {advice.method}: {advice.why}.")
+        if advice.fits is False:
+            self.say("warning: no way of training fits there; the recipe is a beginning for a larger machine")
+        self.say(f"wrote {to}; next: fitout run {shlex.quote(str(to))}")
 
     def show_comparison(self, result: dict[str, Any]) -> None:
         """What was shown, each method's scores and costs, and what could not be done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from fitout.config import load
 from fitout.rundir import RunDir
@@ -76,7 +77,9 @@ def test_another_recipe_is_refused(finished):
 def test_the_card_says_what_was_done(finished):
     _, run, _ = finished
     card = (run.merged / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model:" not in card  # a folder is no hub id
+    head, text = yaml.safe_load(card.split("---\n")[1]), card.split("---\n", 2)[2]
+    assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["fitout"]}
+    assert "`embedded:shell`" in text  # said to people; as `base_model` it would be a broken link on a hub
     status = run.read_status()
     for fact in (
         "# tiny",
