@@ -60,7 +60,7 @@ def test_a_later_rank_is_not_refused_by_the_first_ones_directory(tmp_path, monke
     RunDir(tmp_path / "run").update_status(status="running")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(verbs, "_train", lambda *_, **__: None)
+    monkeypatch.setattr(verbs, "train_model", lambda *_, **__: None)
     verbs.train(build(yaml.safe_load(SHELL_RECIPE)), out=tmp_path / "run")
 
 

@@ -1,0 +1,257 @@
+"""What a run will take in memory and time, told before it; and how far that was off, after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Recipe
+from ..errors import RequestError
+from ..rundir import RunDir
+from .training import prepare_data
+from .working import Screen, chat_of, recipe_of, run_directory
+
+if TYPE_CHECKING:
+    from ..plan.planner import Plan
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    devices: int = 1,
+    length: int | None = None,
+    samples: int | None = None,
+    out: str | Path | None = None,
+    screen: Screen | None = None,
+) -> Plan:
+    """Memory and time of every method, before anything is loaded: on this machine, or on the named card.
+
+    Lengths come from the run's prepared data when they are there, else from tokenising the sources (the first rows of
+    large ones), or with `length` from a given average. Raises RequestError for a device that is not known.
+    """
+    from ..model.methods import METHODS
+    from ..model.precision import best_device, decide
+    from ..plan.history import past_error
+    from ..plan.machine import machine
+    from ..plan.planner import make_plan
+
+    screen = screen or Screen()
+    on = machine(device)
+    shape = _shape(recipe)
+    asked = recipe.train.precision
+    if asked == "auto" and on.kind == "cuda":
+        asked = "bf16" if on.bf16 else "fp16"
+    kind = decide(asked, best_device(), width=shape.hidden).kind if on.kind == "cpu" else asked
+    chosen = recipe.method if recipe.method.kind != "auto" else METHODS[-1]()
+    settings = {one.model_fields["kind"].default: one() for one in METHODS} | {chosen.kind: chosen}
+    with _plan_data(recipe, run_directory(recipe, out), length, samples, screen) as (batches, share):
+        found = make_plan(
+            shape,
+            {name: one.cost(shape) for name, one in settings.items()},
+            chosen.kind,
+            recipe.train,
+            kind,
+            _work_at(recipe, batches, share),
+            on,
+            devices=devices,
+            past=past_error(on.name) if on.measured else None,
+        )
+    return found
+
+
+def with_method(recipe: Recipe, directory: RunDir, screen: Screen) -> Recipe:
+    """`method: auto` replaced by what the planner chooses, or chose when this run began."""
+    import os
+
+    if recipe.method.kind != "auto":
+        return recipe
+    if directory.recipe.exists() and (begun := recipe_of(directory)).method.kind != "auto":
+        return recipe.model_copy(update={"method": begun.method})
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RequestError(
+            "method: auto is for one process",
+            where="method",
+            harm="Ranks could choose differently.",
+            hint="See what fits with `fitout plan --devices N`, and name the method.",
+        )
+    from ..model.methods import METHODS
+    from ..plan.planner import choose
+
+    found = plan(recipe, out=directory.path, screen=screen)
+    kind, reasons = choose(found, found.chosen.precision)
+    screen.say(f"method: auto takes {kind}")
+    for reason in reasons:
+        screen.say(f"  {reason}")
+    [settings] = [one for one in METHODS if one.model_fields["kind"].default == kind]
+    return recipe.model_copy(update={"method": settings()})
+
+
+def _shape(recipe: Recipe) -> Any:
+    from ..model.load import resolve
+    from ..model.shape import read_shape
+
+    return read_shape(resolve(recipe.model.base).base, revision=recipe.model.revision)
+
+
+def _work_at(recipe: Recipe, batches: Any, share: float = 1.0) -> Callable[[int, int], Any]:
+    """The work of a run for a micro-batch size and a number of ranks; each is laid out once."""
+    from functools import lru_cache
+
+    from ..plan.work import work_of
+
+    @lru_cache
+    def at(budget: int, ranks: int) -> Any:
+        train = recipe.train
+        return work_of(batches, budget=budget, epochs=train.epochs, max_steps=train.max_steps, ranks=ranks, share=share)
+
+    return at
+
+
+PLANNED_ROWS = 2000  # of a source that are tokenised for a plan when nothing is prepared
+
+
+@contextmanager
+def _plan_data(
+    recipe: Recipe, directory: RunDir, length: int | None, samples: int | None, screen: Screen
+) -> Iterator[tuple[Any, float]]:
+    """Batches like the run's, and the share of its samples that they hold."""
+    import tempfile
+
+    from ..data.store import open_prepared
+    from ..plan.work import AverageLength
+
+    if length is not None:
+        part = AverageLength(min(length, recipe.data.max_length), recipe.data.max_length)
+        screen.say(f"lengths are not known: {length} tokens a sample on average are assumed")
+        yield _batches(recipe, part), len(part) / samples if samples else 1.0
+        return
+    ready = open_prepared(directory.data)
+    if ready is not None:
+        yield _batches(recipe, ready.part("train")), 1.0
+        return
+    quick, share = _first_rows(recipe)
+    with tempfile.TemporaryDirectory(prefix="fitout-plan-") as folder:
+        prepared, _ = prepare_data(quick, RunDir(Path(folder)), chat_of(recipe), Screen())
+        if share < 1:
+            screen.say(f"lengths are of the first {PLANNED_ROWS:,} rows of each source ({100 * share:.0f} % of all)")
+        yield _batches(recipe, prepared.part("train")), share
+
+
+def _first_rows(recipe: Recipe) -> tuple[Recipe, float]:
+    """The recipe with each source limited to PLANNED_ROWS, and the share of all rows that these are."""
+    from ..data import HUB_ID
+    from ..data.sources import read
+
+    sources, taken, there = [], 0, 0
+    for source in recipe.data.sources:
+        limited = source.model_copy(update={"limit": min(source.limit or PLANNED_ROWS, PLANNED_ROWS)})
+        rows = PLANNED_ROWS if HUB_ID.fullmatch(source.path) else sum(1 for _ in read(source, Path()))
+        sources.append(limited)
+        there += rows
+        taken += min(rows, PLANNED_ROWS)
+    data = recipe.data.model_copy(update={"sources": sources})
+    return recipe.model_copy(update={"data": data}), taken / there if there else 1.0
+
+
+def _batches(recipe: Recipe, part: Any) -> Any:
+    """The run's batches; prefixes are shared where that saves, as in training."""
+    from ..data.batches import Batches
+
+    train, packing = recipe.train, recipe.data.packing
+    batches = Batches(
+        part, batch_size=train.batch_size, batch_tokens=train.batch_tokens, seed=train.seed, packing=packing,
+        share=packing,
+    )  # fmt: skip
+    if packing:
+        batches.share = _sharing_pays(*batches.saving(min(train.max_steps or 20, 20), budget=4096))
+    return batches
+
+
+def _sharing_pays(apart: int, computed: int) -> bool:
+    return computed < 0.95 * apart
+
+
+def forecast_run(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: int, screen: Screen) -> Any:
+    """What this training will need, told before it begins. A model that the planner does not know has no forecast."""
+    from ..errors import ModelError
+    from ..model.methods.cost import with_embeddings
+    from ..plan.estimate import MB
+    from ..plan.machine import here
+    from ..plan.planner import advice, look, setup_of
+
+    try:
+        shape = _shape(recipe)
+    except ModelError as error:
+        screen.say(f"no plan: {error.message}")
+        return None
+    machine = here()
+    cost = recipe.method.cost(shape)
+    cost = with_embeddings(cost, shape) if grown else cost
+    work_at = _work_at(recipe, _batches(recipe, part))
+    setup = setup_of(recipe.train, precision, machine.kind, devices=ranks)
+    row = look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine)
+    fixed = row.memory.terms["framework"] + row.memory.terms["weights"]
+    if fixed > machine.memory:
+        raise RequestError(
+            f"the weights alone need {fixed / MB:,.0f} MB, and {machine.memory / MB:,.0f} MB are there",
+            where=recipe.model.base,
+            harm="The process would be killed while loading.",
+            hint="Take a smaller base model or a 4-bit base; `fitout plan` shows what fits.",
+        )
+    if not row.fits:
+        for line in advice(shape, cost, row, [], recipe.train, work_at, machine):
+            screen.say(f"warning: {line}")
+    return {
+        "machine": machine.name,
+        "method": recipe.method.kind,
+        "precision": precision,
+        "parameters": shape.parameters,
+        "predicted": {
+            "peak_mb": round((row.memory.peak if machine.kind == "cpu" else row.memory.allocated) / MB),
+            "step_seconds": float(f"{row.step_seconds:.4g}"),
+            "moment": row.memory.moment,
+            "terms_mb": {name: round(size / MB) for name, size in row.memory.terms.items()},
+        },
+    }
+
+
+def told_against_plan(directory: RunDir, forecast: Any, before_mb: int, device: Any, whole: bool) -> str:
+    """Predicted and measured side by side into run.json and, for a whole run, into the history. One line for people."""
+    from ..files import read_jsonl
+    from ..plan.history import remember
+    from ..train.loop import memory_mb
+
+    steps = [row for row in read_jsonl(directory.log) if "event" not in row]
+    steps = steps[1:] if len(steps) > 2 else steps  # the first warms up
+    taken = [row["tokens"] / row["tokens_per_second"] for row in steps if row["tokens_per_second"]]
+    peak = memory_mb(device)
+    measured = {
+        "peak_mb": peak if peak > before_mb else None,  # else something before the training took more
+        "step_seconds": float(f"{sum(taken) / len(taken):.4g}") if taken else None,
+    }
+    predicted = forecast["predicted"]
+    directory.update_status(plan={**forecast, "measured": measured})
+    if whole:
+        remember({**forecast, "measured": measured, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    parts = [
+        f"{what} {predicted[key]:,g} {unit} predicted, {measured[key]:,g} measured "
+        f"({100 * (predicted[key] / measured[key] - 1):+.0f} %)"
+        for what, key, unit in (("peak memory", "peak_mb", "MB"), ("a step", "step_seconds", "s"))
+        if measured[key]
+    ]
+    return "plan: " + "; ".join(parts)
+
+
+def tell_sharing(batches: Any, total: int, screen: Screen) -> None:
+    """Shared prefixes are used where they save over 5 %, judged on the first steps."""
+    if not batches.share:
+        return
+    looked = min(total, 20)
+    apart, computed = batches.saving(looked, budget=4096)
+    batches.share = _sharing_pays(apart, computed)
+    if batches.share:
+        screen.say(f"shared prefixes: {apart:,} -> {computed:,} tokens in the first {looked} steps")

@@ -1,0 +1,292 @@
+"""From a recipe to prepared data, and from these to trained weights in adapter/ or model/."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Recipe
+from ..errors import RequestError
+from ..files import staged_folder
+from ..rundir import RunDir
+from .delivering import describe_trained
+from .planning import forecast_run, tell_sharing, told_against_plan
+from .working import Screen, base_name, chat_of, comparable, hardware, hub_source, main_process
+
+if TYPE_CHECKING:
+    from ..chat.render import Chat
+    from ..data.store import Prepared
+    from ..train.loop import Progress
+
+
+def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) -> tuple[Prepared, dict[str, Any]]:
+    from ..data.prepare import prepare, summary
+
+    if recipe.objective.wants == "conversation":
+        chat.check()
+    for note in chat.notes:
+        screen.say(note)
+    prepared, report = prepare(
+        recipe.data, chat, recipe.objective.wants, directory, seed=split_seed(recipe), progress=screen.data_progress
+    )
+    screen.say(summary(report))
+    for what in ("quarantined", "removed", "repaired"):
+        for why, count in report[what].items():
+            screen.say(f"  {what} {count:,}: {why}")
+    part = report["parts"]["train"]
+    share = 100 * part["supervised"] / max(1, part["tokens"])
+    screen.say(f"training tokens: {part['tokens']:,}, of them trained {part['supervised']:,} ({share:.0f} %)")
+    if unknown := part.get("unknown"):  # data prepared by an earlier version have no count of it
+        screen.say(
+            f"{unknown:,} training tokens are unknown to the tokenizer: what they stood for is lost to the model"
+        )
+    for name in ("validation", "test"):
+        if getattr(recipe.data.split, name) and not report["kept"][name]:
+            screen.say(f"no sample is in the {name} part (too few to split); a source of its own has `split: {name}`")
+    if part["no_end"]:
+        screen.say(f"{part['no_end']:,} training samples end without a trained end of turn (cut to max_length)")
+    if main_process():
+        directory.update_status(data_fingerprint=prepared.fingerprint)
+    return prepared, report
+
+
+def split_seed(recipe: Recipe) -> int:
+    return recipe.train.seed if recipe.data.split_seed is None else recipe.data.split_seed
+
+
+def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -> None:
+    """From prepared data to trained weights in adapter/ or model/."""
+    import torch
+
+    from ..data.batches import Batches
+    from ..model import methods
+    from ..model.fuse import fuse
+    from ..model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
+    from ..model.methods.base import count, raise_to_fp32, trainable
+    from ..model.precision import best_device, decide
+    from ..objectives import create
+    from ..train.backend import Backend
+    from ..train.listeners import make_listeners
+    from ..train.loop import Job, fit, memory_mb
+    from ..train.optim import optimizer_notes
+
+    chat = chat_of(recipe)
+    parts = resolve(recipe.model.base)
+    if parts.adapter:
+        raise RequestError(
+            "model.base is an adapter that has not been merged",
+            where=recipe.model.base,
+            harm="A new adapter on top would name the plain base as its own, and be loaded over the wrong weights.",
+            hint="Merge it first (fitout merge), or go on from it with model.adapter over its base.",
+        )
+    device = best_device()
+    backend = Backend(device)
+    kind = directory.read_status().get("precision")  # a run keeps the precision it began with
+    if kind is None:
+        width = hidden_width(load_config(parts.base, **hub_source(recipe)))
+        precision = decide(recipe.train.precision, device, width=width)
+        screen.say(f"computing in {precision.kind} on {device.type}: {precision.why}")
+        kind = precision.kind
+    kind = backend.agree(kind, tuple(DTYPES))
+    method = methods.create(recipe.method)
+
+    if backend.main:
+        prepared, report = prepare_data(recipe, directory, chat, screen)
+    backend.barrier()
+    if not backend.main:
+        prepared, report = prepare_data(recipe, directory, chat, screen)
+
+    batches = Batches(
+        prepared.part("train"),
+        batch_size=recipe.train.batch_size,
+        batch_tokens=recipe.train.batch_tokens,
+        seed=recipe.train.seed,
+    )
+    total = recipe.train.max_steps or batches.steps_in(recipe.train.epochs)
+    if directory.read_status().get("trained_steps") == total and resume:
+        screen.say("training is complete already")
+        backend.close()
+        return
+
+    forecast = None
+    if backend.main:
+        forecast = forecast_run(recipe, batches.part, kind, chat.grown, backend.ranks, screen)
+    before_mb = memory_mb(device)
+    model = load_base(
+        parts.base,
+        dtype=DTYPES[kind] if method.frozen_base else torch.float32,
+        packed=recipe.data.packing,
+        device=device,
+        extra=method.load_kwargs(DTYPES[kind]),
+        **hub_source(recipe),
+    )
+    batches.packing = batches.share = recipe.data.packing and _packs(model, screen)
+    if chat.grown:
+        grow_vocabulary(model, len(chat.tokenizer))
+    torch.manual_seed(recipe.train.seed)
+    if recipe.model.adapter:
+        _go_on_from(recipe, model, method)
+    else:
+        method.apply(model)
+    raised = raise_to_fp32(trainable(model))  # what is trained of the base itself stays in fp32
+    backend.compute_in(kind, autocast=raised or not method.frozen_base)
+    _require_context(model, recipe, report)
+    fuse(model)
+
+    lr = recipe.train.lr or recipe.method.default_lr
+    trained = count(trainable(model))
+    whole = method.size(model)
+    screen.say(f"{recipe.method.kind}: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2f} %)")
+    if method.held:
+        screen.say(f"the base is held {method.held}; evaluation, chat and serving hold it so too")
+    for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
+        screen.say(note)
+    tell_sharing(batches, total, screen)
+    job = Job(
+        model=model,
+        method=method,
+        objective=create(recipe.objective),
+        batches=batches,
+        validation=prepared.part("validation"),
+        settings=recipe.train,
+        lr=lr,
+        total_steps=total,
+        run=directory,
+        identity=_identity(recipe, prepared, parts.base, kind),
+        info={"name": recipe.name, "recipe": recipe.model_dump(mode="json"), "device": str(device), "precision": kind},
+    )
+    if backend.main:
+        directory.update_status(
+            precision=kind, device=str(device), hardware=hardware(), total_steps=total, ranks=backend.ranks
+        )
+    listeners = [*make_listeners(recipe.train.listeners, directory), *screen.listeners()]
+    started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
+    progress = fit(job, backend, listeners, resume=resume)
+    if backend.main:
+        _save_trained(recipe, directory, method, model, chat)
+        directory.update_status(
+            reached="trained",
+            trained_steps=total,
+            training=_figures(progress, time.time() - started, trained, whole),
+        )
+        describe_trained(recipe, directory)
+        for line in _told(progress, directory):
+            screen.say(line)
+        if forecast:
+            screen.say(told_against_plan(directory, forecast, before_mb, device, whole=not resumed))
+    backend.close()
+
+
+def _packs(model: Any, screen: Screen) -> bool:
+    """Whether this model keeps packed documents apart; where it does not, each sample gets a forward of its own."""
+    from ..model.attention import documents_apart
+
+    if documents_apart(model) == 0:
+        return True
+    model.set_attn_implementation("sdpa")
+    screen.say(
+        "this model carries information across packed documents: samples are computed one by one, without packing"
+    )
+    return False
+
+
+def _go_on_from(recipe: Recipe, model: Any, method: Any) -> None:
+    """Loads an earlier adapter as the starting point; its shape must be the recipe's."""
+    from ..model.load import adapter_folder
+    from ..model.methods import saved_in
+
+    folder = adapter_folder(str(recipe.model.adapter))
+    if type(saved_in(folder)) is not type(method):
+        raise RequestError(
+            f"model.adapter was made by another method than {recipe.method.kind}",
+            where="model.adapter",
+            hint="Merge it first (fitout merge), and use the merged folder as model.base.",
+        )
+    method.apply(model)
+    method.load(model, folder)
+
+
+def _require_context(model: Any, recipe: Recipe, report: dict[str, Any]) -> None:
+    """Samples longer than the model's positions would be computed wrongly without a word."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context and recipe.data.max_length > context:
+        raise RequestError(
+            f"data.max_length is {recipe.data.max_length}, and the model has {context} positions",
+            where=recipe.model.base,
+            harm="Tokens beyond them would get positions the model has never seen.",
+            hint=f"Set data.max_length: {context}",
+        )
+
+
+def _identity(recipe: Recipe, prepared: Prepared, base: str, precision: str) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on from."""
+    settings = comparable(recipe)
+    return {
+        "recipe": {
+            key: value for key, value in settings.items() if key.split(".")[0] in ("method", "objective", "train")
+        },
+        "data": prepared.fingerprint,
+        "base": base_fingerprint(base),
+        "precision": precision,
+    }
+
+
+def base_fingerprint(base: str) -> str:
+    """Names a base model: its config, and size and first MiB of each weights file (a hub id by itself)."""
+    import hashlib
+
+    folder = Path(base)
+    if not folder.exists():
+        return base
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + handle.read(1 << 20))
+    return digest.hexdigest()[:20]
+
+
+def _save_trained(recipe: Recipe, directory: RunDir, method: Any, model: Any, chat: Chat) -> None:
+    """The adapter (PEFT format) or model (Hugging Face format), with tokenizer and template, in place at once."""
+    from ..export.write import save_chat, set_stop_ids
+
+    set_stop_ids(model, chat)
+    target = directory.adapter if method.frozen_base else directory.model
+    with staged_folder(target) as folder:
+        method.save(model, folder, base=base_name(recipe), revision=recipe.model.revision)
+        save_chat(chat, folder)
+
+
+def _figures(progress: Progress, seconds: float, trained: int, whole: int) -> dict[str, Any]:
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised,
+        "seconds": round(seconds, 1),
+        "step_seconds": round(progress.seconds, 1),
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else None,
+        "loss": progress.last_loss,
+        "validation": progress.validation,
+        "base_loss": progress.base_loss,
+        "best_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "skipped_steps": progress.skipped,
+        "stopped_early": progress.stopped_early,
+        "trained_parameters": trained,
+        "parameters": whole,
+    }
+
+
+def _told(progress: Progress, directory: RunDir) -> list[str]:
+    lines = [
+        f"trained {progress.step:,} steps, {progress.supervised:,} supervised of {progress.tokens:,} tokens, "
+        f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s"
+    ]
+    if progress.base_loss is not None and progress.best_loss is not None:
+        lines.append(
+            f"validation loss: base {progress.base_loss:.4f} -> best {progress.best_loss:.4f} "
+            f"(step {progress.best_step})"
+        )
+    if progress.skipped:
+        lines.append(f"{progress.skipped} steps were skipped: their gradients were not finite (see log.jsonl)")
+    return lines
