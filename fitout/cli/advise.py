@@ -16,7 +16,7 @@ import yaml
 from ..errors import RequestError
 from ..model import EMBEDDED
 from ..model.methods import METHODS
-from .look import Base, Lengths, Seen, block, measure
+from .look import LOOKED_AT, Base, Lengths, Seen, block, measure
 
 if TYPE_CHECKING:
     from ..plan.planner import Plan, Row
@@ -161,15 +161,15 @@ def _data(seen: Seen, base: Base, lengths: Lengths | None) -> Iterator[Key]:
 
 def _max_length(seen: Seen, base: Base, lengths: Lengths) -> Key:
     context = base.shape.context if base.shape and base.shape.context else 2**31
-    part_seen = lengths.samples + lengths.too_long < seen.samples
-    of = f"of the first {lengths.samples:,} samples" if part_seen else f"of all {lengths.samples:,} samples"
+    part_seen = seen.samples + seen.bad > LOOKED_AT
+    of = f"of the first {lengths.samples:,} samples" if part_seen else f"of {lengths.samples:,} samples"
     outlier = lengths.longest > 4 * lengths.most and lengths.longest > 1024  # a few giants would only cost memory
     need = lengths.most if outlier else lengths.longest
     limit = min(_up(need * (1.25 if part_seen else 1.0), 64), context)
     why = f"tokens; the longest {of} has {lengths.longest:,}, 99 % have at most {lengths.most:,}"
     why += ", and some room for those not looked at" if part_seen else ""
-    gone = f"; {lengths.too_long:,} longer than the model's {context:,} positions are" if lengths.too_long else ""
-    return Key("data", "max_length", str(limit), why + (gone or "; what is longer is") + " dropped and counted")
+    over = f", {lengths.too_long:,} more than the model's {context:,} positions" if lengths.too_long else ""
+    return Key("data", "max_length", str(limit), f"{why}{over}; what is longer is dropped and counted")
 
 
 def _split(seen: Seen) -> tuple[tuple[float, float, float], str]:
@@ -198,7 +198,7 @@ def _length_of_training(seen: Seen, lengths: Lengths | None) -> Iterator[Key]:
     yield Key("train", "epochs", str(epochs), why)
     less = " (16 would make too few steps)" if size < 16 else ""
     yield Key("train", "batch_size", str(size),
-              f"{what} a step{less}: about {steps:,} steps an epoch; micro-batches are sized by themselves")  # fmt: skip
+              f"{what} a step{less}: about {steps:,} steps an epoch; micro-batches size themselves")  # fmt: skip
 
 
 # the method
@@ -213,11 +213,13 @@ def _plan(wishes: Wishes, keys: list[Key], aim: str, lengths: Lengths | None) ->
     base = wishes.base
     if base.shape is None:
         return None, [f"No plan: {base.note}. `fitout plan` says what fits once it can."]
-    kind = wishes.method if wishes.method in KINDS else "lora"
+    kind = _named(wishes) or "lora"
     drawn = [*keys, *_adapted(kind, "", aim), Key("objective", "kind", "pretrain" if wishes.seen.plain else "sft")]
     raw: dict[str, Any] = yaml.safe_load(draw("plan", drawn))
     raw["model"] = {"base": base.folder}
-    guess = {} if lengths else {"length": max(2, round(wishes.seen.characters / 3)), "samples": wishes.seen.samples}
+    guess: dict[str, Any] = (
+        {} if lengths else {"length": max(2, round(wishes.seen.characters / 3)), "samples": wishes.seen.samples}
+    )
     with tempfile.TemporaryDirectory(prefix="fitout-init-") as folder:
         plan = verbs.plan(build(raw), device=wishes.machine, out=folder, **guess)
     machine, precision = plan.machine, plan.chosen.precision
@@ -236,11 +238,15 @@ def _plan(wishes: Wishes, keys: list[Key], aim: str, lengths: Lengths | None) ->
     ]
 
 
+def _named(wishes: Wishes) -> str | None:
+    return None if wishes.method == "auto" else wishes.method
+
+
 def _method(wishes: Wishes, plan: Plan | None) -> tuple[str, str, bool | None]:
     """(kind, why, whether it fits)."""
     from ..plan.planner import choose
 
-    asked = wishes.method if wishes.method in KINDS else None
+    asked = _named(wishes)
     if plan is None:
         return (
             asked or "lora",
@@ -326,8 +332,8 @@ def _evaluation(seen: Seen, base: Base, aim: str, lengths: Lengths | None, plan:
     if base.name == EMBEDDED:
         yield Key("evaluate", "retention", "default", "the probes that come with this base: what is forgotten shows")
     else:
-        yield Key("evaluate", "retention", "default", "this base brings no probes, so forgetting is not measured: give a "
-                  ".jsonl of {prompt, answer} or a text file of what must stay")  # fmt: skip
+        yield Key("evaluate", "retention", "default", "this base brings no probes, so forgetting is not measured: "
+                  "give a .jsonl of {prompt, answer} or a text file of what must stay")  # fmt: skip
 
 
 def _export(kind: str) -> Key:

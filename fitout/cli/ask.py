@@ -1,4 +1,4 @@
-"""The questions of `fitout init`. Each answer is looked at as soon as it is given, and asked for again when it fails."""
+"""The questions of `fitout init`. Each answer is looked at at once, and asked for again when it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fitout init`: what it asks, what it chooses and why, and that what it writes runs; it never waits where nobody answers."""
+"""`fitout init`: what it asks, chooses and why; what it writes runs; it never waits where nobody answers."""
 
 from __future__ import annotations
 
