@@ -83,10 +83,10 @@ def test_the_card_says_what_was_done(finished):
     status = run.read_status()
     for fact in (
         "# tiny",
-        "| steps | 2 |",
+        "| steps | 2 (max_steps) |",
         str(status["data_fingerprint"]),
         "| seed | 0 |",
-        "'rank': 2",
+        "lora (rank 2, alpha 4.0",
         "exact_match",
     ):
         assert fact in card, fact
@@ -143,7 +143,7 @@ def test_init_writes_a_recipe_that_loads(tmp_path):
     assert done.code == 0, done.err
     made = load(tmp_path / "new.yaml")
     assert made.name == "my-rows" and made.method.kind == "full" and made.objective.kind == "sft"
-    assert made.data.sources[0].path == str(tmp_path / "my rows.jsonl") and made.train.lr == 2e-5
+    assert made.data.sources[0].path == str(tmp_path / "my rows.jsonl") and made.train.lr == 3e-4
     again = fitout("init", "my rows.jsonl", "--to", "new.yaml", cwd=tmp_path)
     assert again.code == 2 and "exists already" in again.err
 
