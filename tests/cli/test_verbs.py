@@ -145,7 +145,7 @@ def test_init_writes_a_recipe_that_loads(tmp_path):
     assert done.code == 0, done.err
     made = load(tmp_path / "new.yaml")
     assert made.name == "my-rows" and made.method.kind == "full" and made.objective.kind == "sft"
-    assert made.data.sources[0].path == str(tmp_path / "my rows.jsonl") and made.train.lr == 2e-5
+    assert made.data.sources[0].path == str(tmp_path / "my rows.jsonl") and made.train.lr == 3e-4
     again = fitout("init", "my rows.jsonl", "--to", "new.yaml", cwd=tmp_path)
     assert again.code == 2 and "exists already" in again.err
 
