@@ -16,7 +16,8 @@ from .comparing import compare
 from .delivering import can_load, combine, export, merge_into_base, unmergeable
 from .evaluating import check_retention, evaluate_run
 from .planning import plan, with_method
-from .training import prepare_data, train_model
+from .preparing import prepare_data
+from .training import train_model
 from .working import Screen, chat_of, import_libraries, main_process, recipe_of, run_directory, working
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from ..errors import FitoutError, RequestError
 from ..files import read_json
 from ..rundir import RunDir
 from .evaluating import check_retention
-from .training import split_seed
+from .preparing import split_seed
 from .working import Screen, versions
 
 if TYPE_CHECKING:

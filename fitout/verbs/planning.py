@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Recipe
 from ..errors import RequestError
 from ..rundir import RunDir
-from .training import prepare_data
+from .preparing import prepare_data
 from .working import Screen, chat_of, recipe_of, run_directory
 
 if TYPE_CHECKING:
