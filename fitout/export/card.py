@@ -265,7 +265,11 @@ def _retention(report: dict[str, Any]) -> list[list[Any]]:
     if not retention:
         return []
     rows = [[name, *_compared(score)] for name, score in retention["groups"].items()]
-    rows.append([f"all ({retention['source']})", *_compared(retention["overall"])])
+    source = Path(retention["source"]).name  # a file's folder is nobody's business
+    if retention["overall"]:
+        rows.append([f"all ({source})", *_compared(retention["overall"])])
+    if retention.get("perplexity"):
+        rows.append([f"perplexity of {source}, lower is better", *_compared(retention["perplexity"])])
     return [["probes", "n", "base", "tuned", "change", ""], *rows]
 
 

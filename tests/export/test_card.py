@@ -149,3 +149,17 @@ def test_a_run_that_knows_nothing_yet_has_a_card(tmp_path):
     assert facts["Data"] == {} and facts["Scores, with 95 % intervals"] == []
     write_card(tmp_path, name="r", base="owner/name", facts=facts)
     assert card.kept(tmp_path) == "" and "None" not in read(tmp_path)[1]
+
+
+def test_a_run_that_keeps_watch_on_a_text_has_its_perplexity_in_the_card(tmp_path):
+    from fitout import verbs
+    from fitout.config import load
+    from tests.equal.small import write_shell_recipe
+
+    (tmp_path / "book.txt").write_text("The capital of Japan is Tokyo. " * 40, encoding="utf-8")
+    changes = ["train.max_steps=2", f"evaluate.retention={tmp_path / 'book.txt'}", "evaluate.limit=4"]
+    run = verbs.run(load(write_shell_recipe(tmp_path), changes), out=tmp_path / "run")
+    _, body = read(run.merged)
+    assert "perplexity of book.txt, lower is better" in body and str(tmp_path) not in body.split("## How")[0]
+    measured = json.loads(run.evaluation_report.read_text())["retention"]["perplexity"]
+    assert f"{measured['tuned']['value']:.1f} (" in body
