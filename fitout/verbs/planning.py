@@ -33,11 +33,13 @@ def plan(
     Lengths come from the run's prepared data when they are there, else from tokenising the sources (the first rows of
     large ones), or with `length` from a given average. Raises RequestError for a device that is not known.
     """
-    from ..model.methods import METHODS
+    from dataclasses import replace
+
+    from ..model.methods import METHODS, LoraSettings
     from ..model.precision import best_device, decide
     from ..plan.history import past_error
     from ..plan.machine import machine
-    from ..plan.planner import make_plan
+    from ..plan.planner import choose, make_plan
 
     screen = screen or Screen()
     on = machine(device)
@@ -46,21 +48,21 @@ def plan(
     if asked == "auto" and on.kind == "cuda":
         asked = "bf16" if on.bf16 else "fp16"
     kind = decide(asked, best_device(), width=shape.hidden).kind if on.kind == "cpu" else asked
-    chosen = recipe.method if recipe.method.kind != "auto" else METHODS[-1]()
-    settings = {one.model_fields["kind"].default: one() for one in METHODS} | {chosen.kind: chosen}
+    named = recipe.method if recipe.method.kind != "auto" else LoraSettings()
+    settings = {one.model_fields["kind"].default: one() for one in METHODS} | {named.kind: named}
+    costs = {name: one.cost(shape) for name, one in settings.items()}
+    past = past_error(on.name) if on.measured else None
     with _plan_data(recipe, run_directory(recipe, out), length, samples, screen) as (batches, share):
-        found = make_plan(
-            shape,
-            {name: one.cost(shape) for name, one in settings.items()},
-            chosen.kind,
-            recipe.train,
-            kind,
-            _work_at(recipe, batches, share),
-            on,
-            devices=devices,
-            past=past_error(on.name) if on.measured else None,
-        )
-    return found
+        work_at = _work_at(recipe, batches, share)
+        found = make_plan(shape, costs, named.kind, recipe.train, kind, work_at, on, devices=devices, past=past)
+        if recipe.method.kind != "auto":
+            return found
+        try:
+            taken, reasons = choose(found, kind)
+        except RequestError as nothing:  # `fitout plan` still shows how far off each method is
+            return replace(found, advice=(nothing.message, *found.advice))
+        found = make_plan(shape, costs, taken, recipe.train, kind, work_at, on, devices=devices, past=past)
+    return replace(found, advice=(f"method: auto takes {taken}", *reasons, *found.advice))
 
 
 def with_method(recipe: Recipe, directory: RunDir, screen: Screen) -> Recipe:

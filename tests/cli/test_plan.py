@@ -98,3 +98,16 @@ def test_a_family_the_planner_does_not_know_trains_without_a_plan(tmp_path, home
     done = fitout("train", recipe(tmp_path), cwd=tmp_path)
     assert done.code == 0 and "no plan: the planner does not know" in done.out
     assert "plan" not in json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
+
+
+def test_auto_plans_the_method_that_it_takes(tmp_path):
+    """Whatever methods the door lists last: by the stated order, and what does not fit is passed over."""
+    from fitout import verbs
+    from fitout.config import load
+    from tests.equal.small import write_shell_recipe
+
+    recipe = load(write_shell_recipe(tmp_path), ["method={kind: auto}"])
+    found = verbs.plan(recipe, out=tmp_path / "run")
+    assert found.chosen.kind == "lora"  # sixty samples
+    assert found.advice[0] == "method: auto takes lora" and found.advice[1].startswith("not full: with")
+    assert found.advice[2].startswith("lora: needs")
