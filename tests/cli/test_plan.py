@@ -100,7 +100,7 @@ def test_a_family_the_planner_does_not_know_trains_without_a_plan(tmp_path, home
     assert "plan" not in json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
 
 
-def test_auto_plans_the_method_that_it_takes(tmp_path):
+def test_auto_plans_the_method_that_it_takes(tmp_path, home):
     """Whatever methods the door lists last: by the stated order, and what does not fit is passed over."""
     from fitout import verbs
     from fitout.config import load
