@@ -49,7 +49,6 @@ def merge_adapter(
     source: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     dtype = stored_dtype(load_config(base, **source))
     chat = open_chat(adapter)
-    method = saved_in(adapter)
     trained_over = method.trained_in(adapter)
     model: Any = load_base(
         base,

@@ -143,8 +143,11 @@ def linear_layers(model: Any, targets: list[str] | str) -> list[str]:
     """Names of the linear layers that `targets` means: `all-linear` is all but the head."""
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    if targets == "all-linear":
-        return linear
+    return linear if isinstance(targets, str) else chosen_by_name(linear, targets)
+
+
+def chosen_by_name(linear: list[str], targets: list[str]) -> list[str]:
+    """Those of the linear layers whose names end in one of `targets`. Raises RequestError for one that none ends in."""
     missing = [w for w in targets if not any(n == w or n.endswith("." + w) for n in linear)]
     if missing:
         known = sorted({n.rpartition(".")[2] for n in linear})

@@ -22,7 +22,7 @@ from ...files import read_json, write_json
 from ..fused import gated_lora_linear, lora_linear, swiglu
 from ..load import embeddings, untie, write_tensors
 from . import LoraSettings, LowRankSettings
-from .base import Method, copy_into
+from .base import Method, chosen_by_name, copy_into, freeze_base
 
 PREFIX = "base_model.model."  # PEFT wraps the model twice; its file names keep that
 DECOMPOSED = ("pissa", "olora")  # beginnings that take a part of the weight over into A and B
@@ -144,8 +144,7 @@ class Lora(Method):
     # making a model trainable
 
     def apply(self, model: Any) -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        freeze_base(model)
         chosen, whole = self._targets(model), self._whole(model)
         self._check_patterns(chosen)
         for name in chosen:
@@ -155,10 +154,6 @@ class Lora(Method):
         for module in whole.values():
             for parameter in module.parameters():
                 parameter.requires_grad_(True)
-        if getattr(model, "fitout_grown_vocabulary", False):
-            # new role tokens mean nothing yet: their embeddings are trained and saved with the adapter
-            for module in embeddings(model).values():
-                module.weight.requires_grad_(True)
 
     def _adapted(self, name: str, base: nn.Linear) -> LoraLinear:
         rank, scale = self._rank_and_scale(name)
@@ -188,15 +183,7 @@ class Lora(Method):
         if wanted == "all-linear":
             chosen = [n for n, module in linear.items() if module is not head]
         else:
-            chosen = [n for n in linear if _named(n, wanted)]
-            missing = [w for w in wanted if not any(_named(n, [w]) for n in linear)]
-            if missing:
-                known = sorted({n.rpartition(".")[2] for n in linear})
-                raise RequestError(
-                    f"method.targets names layers this model does not have: {', '.join(missing)}",
-                    harm="They would silently stay untrained.",
-                    hint=f"Linear layers here: {', '.join(known)}; or targets: all-linear.",
-                )
+            chosen = chosen_by_name(list(linear), wanted)  # the head too, where it is named
         whole = tuple(f"{name}." for name in self._whole(model))
         chosen = [n for n in chosen if not f"{n}.".startswith(whole)]
         if not chosen:
