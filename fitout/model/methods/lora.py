@@ -22,7 +22,7 @@ from ...files import read_json, write_json
 from ..fused import gated_lora_linear, lora_linear, swiglu
 from ..load import embeddings, untie, write_tensors
 from . import LoraSettings, LowRankSettings
-from .base import Method, chosen_by_name, copy_into, freeze_base
+from .base import Method, chosen_by_name, fill, freeze_base
 
 PREFIX = "base_model.model."  # PEFT wraps the model twice; its file names keep that
 DECOMPOSED = ("pissa", "olora")  # beginnings that take a part of the weight over into A and B
@@ -338,7 +338,7 @@ class Lora(Method):
         saved = load_file(folder / "adapter_model.safetensors")
         self._check_same(model, folder)
         self._part_tied(model, saved)
-        wanted: dict[str, nn.Parameter] = {}
+        wanted: dict[str, Tensor] = {}
         for name, layer in adapters(model).items():
             wanted.update({f"{PREFIX}{name}.{key}": parameter for key, parameter in layer.trained().items()})
             if f"{PREFIX}{name}.base_layer.weight" in saved:  # PEFT adds an adapted head's own weight
@@ -347,16 +347,7 @@ class Lora(Method):
         for name, module in embeddings(model).items():
             if f"{PREFIX}{name}.weight" in saved:
                 wanted[f"{PREFIX}{name}.weight"] = module.weight
-        _require_same(set(wanted), set(saved), folder)
-        for name, parameter in wanted.items():
-            if saved[name].shape != parameter.shape:
-                raise ModelError(
-                    f"{name} has shape {tuple(saved[name].shape)}, the model wants {tuple(parameter.shape)}",
-                    where=str(folder),
-                    harm="The adapter belongs to another base model or rank.",
-                    hint="Use the base and the rank named in its adapter_config.json.",
-                )
-        copy_into(wanted, saved)
+        fill(wanted, saved, folder)
 
     def _check_same(self, model: Any, folder: Path) -> None:
         """The adapter must mean with these settings what it meant with its own."""
@@ -437,19 +428,6 @@ def _shortest(name: str, model: Any) -> str:
     """A module's last name where no other ends in it (PEFT compares ends), else the whole."""
     leaf = name.rpartition(".")[2]
     return leaf if sum(n.endswith(leaf) for n, _ in model.named_modules(remove_duplicate=False)) == 1 else name
-
-
-def _require_same(wanted: set[str], saved: set[str], folder: Path) -> None:
-    if wanted == saved:
-        return
-    missing, extra = sorted(wanted - saved), sorted(saved - wanted)
-    raise ModelError(
-        f"the adapter does not fit the model: {len(missing)} tensors missing, {len(extra)} unknown"
-        + (f" (first: {(missing or extra)[0]})" if missing or extra else ""),
-        where=str(folder),
-        harm="Loading it in part would give a model nobody trained.",
-        hint="Use the base named in its adapter_config.json.",
-    )
 
 
 # reading what PEFT wrote
