@@ -72,7 +72,7 @@ def test_plain_transformers_computes_the_same(tmp_path, settings):
     assert done.returncode == 0, done.stderr[-2000:]
     theirs, ids = load_file(tmp_path / "out"), torch.tensor(IDS)
     with torch.no_grad():
-        torch.testing.assert_close(theirs["logits"], ours(input_ids=ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(theirs["logits"], ours(input_ids=ids).logits, rtol=2e-6, atol=1e-5)
         grown = ours.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=True)
         plain = load_base(str(SHELL), packed=False).eval()(input_ids=ids).logits
     assert torch.equal(theirs["grown"], grown)
