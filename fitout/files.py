@@ -23,6 +23,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes `folder` and what is missing above it, so that a power loss cannot take them away with what is in them."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 @contextmanager
 def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
     """Turns an operating-system error into one that names the path and the cause."""
@@ -47,7 +55,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     staging = path.with_name(f".{path.name}.{os.getpid()}.part")
     with explain_os_errors(path, "write"):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             yield staging
             with open(staging, "rb") as file:
                 os.fsync(file.fileno())
@@ -77,7 +85,8 @@ def staged_folder(path: Path) -> Iterator[Path]:
     with explain_os_errors(path, "write"):
         try:
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            make_folder(path.parent)
+            staging.mkdir()
             yield staging
             for file in sorted(staging.rglob("*")):
                 if file.is_file():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunExistsError
-from .files import explain_os_errors, read_json, write_json
+from .files import explain_os_errors, make_folder, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class RunDir:
     def owned(self) -> Iterator[None]:
         """Holds the run directory for this process; a second one is refused. The lock dies with its holder."""
         with explain_os_errors(self.path, "create the run directory"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             handle = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:

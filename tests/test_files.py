@@ -1,0 +1,49 @@
+"""What a power loss may take: a new file is safe only when every folder above it that was new was synced as well."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fitout.files import atomic_path, staged_folder, write_text
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """The folders synced so far, each with the entries that it had then."""
+    seen: dict[str, set[str]] = {}
+    real = os.fsync
+
+    def fsync(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if os.path.isdir(path):
+            seen.setdefault(path, set()).update(os.listdir(path))
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return seen
+
+
+def test_every_new_folder_above_a_file_is_synced_into_its_parent(tmp_path, synced):
+    write_text(tmp_path / "a" / "b" / "file", "x")
+    assert "a" in synced[str(tmp_path)] and "b" in synced[str(tmp_path / "a")]
+    assert "file" in synced[str(tmp_path / "a" / "b")]
+
+
+def test_and_above_a_folder(tmp_path, synced):
+    with staged_folder(tmp_path / "run" / "checkpoints" / "step-1") as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner" / "file").write_text("x")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert "run" in synced[str(tmp_path)] and "checkpoints" in synced[str(checkpoints.parent)]
+    assert "step-1" in synced[str(checkpoints)]
+    assert any("inner" in entries for path, entries in synced.items() if ".part" in path)
+
+
+def test_a_failed_write_leaves_the_old_content_and_nothing_beside_it(tmp_path):
+    write_text(tmp_path / "file", "old")
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "file") as staging:
+        staging.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
