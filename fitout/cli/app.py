@@ -22,6 +22,7 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YA
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, runs/NAME")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Out = Annotated[Path | None, typer.Option(help="the run directory (default: runs/NAME)")]
+ProfileFlag = Annotated[bool, typer.Option("--profile", help="time three steps part by part, and write a trace")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of drawing")]
 
 
@@ -72,14 +73,16 @@ def init(
 
 
 @app.command()
-def run(recipe: RecipeFile, changes: Changes = None, out: Out = None, json: Json = False) -> None:
+def run(
+    recipe: RecipeFile, changes: Changes = None, out: Out = None, profile: ProfileFlag = False, json: Json = False
+) -> None:
     """Prepares, trains, evaluates and merges; goes on where it stopped."""
     from .. import verbs
     from ..config import load
     from .screen import open_screen
 
     with open_screen(json) as screen:
-        directory = verbs.run(load(recipe, changes), out=out, screen=screen.verbs)
+        directory = verbs.run(load(recipe, changes), out=out, profile=profile, screen=screen.verbs)
         screen.show_run(directory)
 
 
@@ -116,6 +119,7 @@ def train(
     changes: Changes = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that exists")] = False,
+    profile: ProfileFlag = False,
     json: Json = False,
 ) -> None:
     """One training run into runs/NAME."""
@@ -124,7 +128,7 @@ def train(
     from .screen import open_screen
 
     with open_screen(json) as screen:
-        directory = verbs.train(load(recipe, changes), out=out, resume=resume, screen=screen.verbs)
+        directory = verbs.train(load(recipe, changes), out=out, resume=resume, profile=profile, screen=screen.verbs)
         screen.show_run(directory)
 
 
