@@ -30,6 +30,10 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def repairs(self) -> Path:
+        return self.path / "repairs.jsonl"
+
+    @property
     def lock_file(self) -> Path:
         return self.path / ".lock"
 

@@ -1,87 +1,101 @@
 """From files to prepared data: the stages in order, each sample counted at every one.
 
-    read -> convert -> clean -> deduplicate -> split -> render -> fit the length -> store
-             |          |         |                       |          |
-             quarantine quarantine removed                quarantine removed or cut
+    read -> convert -> clean -> duplicates -> split -> render (and fit the length) -> weigh -> store
+      |        |         |          |                     |                             |
+      quarantine      quarantine  removed             quarantine or removed          removed
 
-samples = kept + quarantined + removed by a named rule; `Counts.check` holds it.
+Between cleaning and storing the samples are on disk (`rows`); the stages decide over numbers and keys. Every stage adds
+up: what came and was made = what left + quarantined + removed by a named rule (`ledger`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat.types import Conversation, Message, Origin, Sample, Text, Tokens
-from ..errors import CheckError, DataError, TemplateError
-from ..files import fingerprint, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+import numpy as np
+
+from ..chat.types import Conversation, Origin, Sample, Text, Tokens
+from ..errors import DataError, TemplateError
+from ..files import explain_os_errors, fingerprint, read_json, read_jsonl, sha256_file, write_json
 from ..rundir import RunDir
-from . import DataSettings, Part, SourceSettings
+from . import DataSettings, SourceSettings
+from . import Part as PartName
 from .clean import control_tokens, only_markers, strip_end_markers
-from .dedupe import exact
-from .formats import Refused, choose, convert
+from .dedupe import repeats
+from .formats import Format, Refused, choose, convert
+from .ledger import Ledger, Stage
 from .page import write_page
 from .readers import RawRow
+from .repair import Repair, Repairs, accepted, identity, readmitted, rule_of, suggest, without_control
+from .rows import Lines, Rows, as_row, from_row
 from .sources import list_files, probe, read
-from .split import PARTS, split, weighted, weighting
-from .store import Prepared, open_prepared, write_fingerprint, write_part
+from .split import PARTS, split, times_seen
+from .store import PartWriter, Prepared, copy_rows, open_prepared, write_fingerprint
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
 
 RENDER = 1000  # conversations rendered at a time
-Rendered = list[tuple[Sample, list[Tokens]]]
+SHOWN = 6  # quarantined rows of a rule that the page shows
 Progress = Callable[[str, int], None]  # the stage, and how many samples it has done
 
 
-@dataclass
-class Counts:
-    """What became of every sample; a bad row counts as one."""
-
-    samples: int = 0
-    quarantined: Counter = field(default_factory=Counter)  # by reason
-    removed: Counter = field(default_factory=Counter)  # by rule
-    repaired: Counter = field(default_factory=Counter)  # by rule; a repaired sample is a kept one
-    kept: dict[str, int] = field(default_factory=dict)  # by part
-    weighted: dict[str, int] = field(default_factory=dict)  # training samples more or fewer an epoch, by source
-
-    def check(self) -> None:
-        """Nothing may be lost without a count."""
-        out = sum(self.kept.values()) + sum(self.quarantined.values()) + sum(self.removed.values())
-        if out != self.samples:
-            raise CheckError(
-                f"{self.samples} samples came in, but {out} are accounted for",
-                harm="Some were lost or counted twice.",
-                hint="This is a fault of Fitout; please report it with the data report.",
-            )
-
-
 class _Work:
-    """The samples on their way, the counts and the quarantine."""
+    """What the stages share: the ledger, the files of what was taken out, who watches."""
 
-    def __init__(self) -> None:
-        self.counts = Counts()
-        self.quarantine: list[dict[str, Any]] = []
-        self.removed: list[dict[str, Any]] = []
+    def __init__(self, run: RunDir, repairs: Repairs, progress: Progress | None):
+        self.run, self.repairs = run, repairs
+        self.say: Progress = progress or (lambda stage, done: None)
+        self.ledger = Ledger()
+        self.quarantine, self.removed = Lines(run.quarantine), Lines(run.removed)
+        self.reasons: dict[str, Counter[str]] = defaultdict(Counter)  # by rule
+        self.shown: list[dict[str, Any]] = []
         self.sources: list[dict[str, Any]] = []
-        self.parts: dict[str, Part] = {}  # files that a source's `split:` gives to a part
+        self.parts: dict[str, PartName] = {}  # files that a source's `split:` gives to a part
         self.weights: dict[str, float] = {}  # files whose training samples are seen more or less often
 
-    def reject(self, origin: Origin, reason: str, raw: Any, rule: str) -> None:
-        self.counts.quarantined[reason if len(reason) < 80 else rule] += 1
-        self.quarantine.append(
-            {
-                "file": origin.file,
-                "line": origin.line,
-                "part": origin.part,
-                "rule": rule,
-                "reason": reason,
-                "row": raw,
-            }
-        )
+    def reject(self, stage: Stage, origin: Origin, reason: str, raw: Any, *, rule: str, form: str = "row",
+               repair: Repair | None = None) -> None:  # fmt: skip
+        """To quarantine; `form` says whether `raw` is a row of the file or a sample (`as_row`)."""
+        stage.quarantined[rule] += 1
+        self.reasons[rule][reason if len(reason) < 120 else reason[:119] + "…"] += 1
+        line = {
+            "id": identity(origin, raw),
+            "file": origin.file,
+            "line": origin.line,
+            "part": origin.part,
+            "rule": rule,
+            "reason": reason,
+            "as": form,
+            "repair": {"how": repair.how, "row": repair.row} if repair else None,
+            "row": raw,
+        }
+        self.quarantine.write(line)
+        if stage.quarantined[rule] <= SHOWN:
+            self.shown.append(line)
+
+    def remove(self, stage: Stage, origin: Origin, rule: str, reason: str) -> None:
+        stage.removed[rule] += 1
+        self.removed.write({"origin": str(origin), "rule": rule, "reason": reason})
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """A stage of the ledger and its seconds."""
+        stage = self.ledger.begin(name)
+        started = time.perf_counter()
+        yield stage
+        stage.seconds = time.perf_counter() - started
+        self.say(name, stage.left)
+
+    def close(self, *, keep: bool) -> None:
+        for lines in (self.quarantine, self.removed):
+            lines.done() if keep else lines.drop()
 
 
 def prepare(
@@ -98,92 +112,152 @@ def prepare(
     `wants` is what the objective trains on: conversation or text. Returns the prepared data and the data report.
     Raises DataError when a file cannot be read or nothing is left to train on.
     """
-    made_of = _fingerprint(settings, chat, wants, seed)
+    made_of = _fingerprint(settings, chat, wants, seed, run)
     ready = open_prepared(run.data)
     if ready and ready.fingerprint == made_of:
         return ready, read_json(run.data_report)
-    say = progress or (lambda stage, done: None)
-    work = _Work()
-    samples = _read_all(settings.sources, wants, work, say)
-    samples = _clean(samples, chat, work)
-    samples = _deduplicate(samples, settings, work)
-    parts = split(samples, settings.split, seed, work.parts)
-    rendered = {name: _render(parts[name], chat, settings, wants, work, say, name) for name in PARTS}
-    rendered["train"] = _weigh(rendered["train"], seed, work)
-    report = _report(settings, chat, wants, work, rendered)
-    work.counts.check()
-    _require_training_data(report, work, run)
-    for name in PARTS:
-        write_part(run.data / f"{name}.arrow", _rows(rendered[name]))
-    talks = (sample for sample, _ in rendered["test"] if isinstance(sample, Conversation))
-    write_jsonl(run.test_rows, map(as_row, talks))
-    write_jsonl(run.quarantine, work.quarantine)
-    write_jsonl(run.removed, work.removed)
-    write_json(run.data_report, report)
-    write_page(run.data_page, report, work.quarantine)
+    with explain_os_errors(run.data, "write"):
+        work = _Work(run, accepted(run.repairs), progress)
+        try:
+            with Rows(run.data / ".rows.jsonl.part") as rows:
+                report = _stages(settings, chat, wants, run, seed, work, rows)
+        except BaseException:
+            work.close(keep=False)
+            raise
     write_fingerprint(run.data, made_of)  # last: without it the folder counts as unfinished
     return Prepared(run.data, made_of), report
 
 
-def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int) -> str:
-    """Everything that decides what the prepared data are: contents of the files, rules, template, tokenizer."""
+def _stages(
+    settings: DataSettings, chat: Chat, wants: str, run: RunDir, seed: int, work: _Work, rows: Rows
+) -> dict[str, Any]:
+    _read_and_clean(settings.sources, chat, wants, work, rows)
+    here = _deduplicate(rows, settings, work)
+    fixed = [work.parts.get(file) for file in rows.files]
+    parts = split(rows.prompts[here], settings.split, seed, [fixed[file] for file in rows.file_of[here]])
+    made = _render({name: here[at] for name, at in parts.items()}, rows, chat, settings, wants, work)
+    _weigh(made["train"], rows, seed, work)
+    work.ledger.check()
+    report = _report(settings, chat, wants, work, made)
+    for name in PARTS:
+        lines = Lines(run.data / f"{name}.jsonl")
+        for at in made[name].samples:
+            lines.raw(rows.line(at))
+        lines.done()
+    work.close(keep=True)
+    write_json(run.data_report, report)
+    if not report["parts"]["train"]["supervised"]:
+        raise _nothing_to_train(report, run)
+    write_page(run.data_page, report, work.shown)
+    return report
+
+
+def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int, run: RunDir) -> str:
+    """Everything that decides what the prepared data are: contents of the files, rules, repairs, template, tokenizer."""
     contents = []
     for source in settings.sources:
         files = list_files(source, Path()).files
         contents.append([sha256_file(path) for path, _ in files] if files else source.path)
     left_out: Any = {"packing": True, "split_seed": True, "sources": {"__all__": {"path"}}}  # `seed` is the split's
     rules = settings.model_dump(mode="json", exclude=left_out)
-    return fingerprint(5, rules, contents, chat.fingerprint, wants, seed)
+    return fingerprint(6, rules, contents, accepted(run.repairs), chat.fingerprint, wants, seed)
 
 
-# read and convert
+# read, convert, clean
 
 
-def _read_all(sources: Sequence[SourceSettings], wants: str, work: _Work, say: Progress) -> list[Sample]:
-    kept: list[Sample] = []
+def _read_and_clean(sources: Sequence[SourceSettings], chat: Chat, wants: str, work: _Work, rows: Rows) -> None:
+    """Every sample of the sources, cleaned, into `rows`; what is none goes to quarantine."""
+    reading, converting, cleaning = (work.ledger.begin(name, 0) for name in ("read", "convert", "clean"))
+    started = time.perf_counter()
     for source in sources:
-        before, rejected = work.counts.samples, sum(work.counts.quarantined.values())
-        name, samples = _convert(source, work)
-        for sample in samples:
-            _require_kind(sample, wants, source, name)
-            work.counts.samples += 1
-            kept.append(sample)
+        plug = choose(probe(source, Path()), source.format, source.columns, where=source.path)
+        before = (reading.came + converting.made.total(), reading.quarantined.total() + converting.quarantined.total())
+        for sample in _converted(source, plug, reading, converting, work):
+            _require_kind(sample, wants, source, plug.name)
+            cleaned = _cleaned(sample, chat, cleaning, work)
+            if cleaned is None:
+                continue
+            rows.add(cleaned)
             if source.split:
                 work.parts[sample.origin.file] = source.split
             if source.weight != 1:
                 work.weights[sample.origin.file] = source.weight
-            if len(kept) % 10_000 == 0:
-                say("read", len(kept))
+            if len(rows) % 10_000 == 0:
+                work.say("read", len(rows))
+        bad = reading.quarantined.total() + converting.quarantined.total()
         work.sources.append(
             {
                 "path": source.path,
-                "format": name,
-                "samples": work.counts.samples - before,
-                "bad_rows": sum(work.counts.quarantined.values()) - rejected,
+                "format": plug.name,
+                "samples": reading.came + converting.made.total() - before[0],
+                "bad_rows": bad - before[1],
                 "skipped_files": [f"{file}: {why}" for file, why in list_files(source, Path()).skipped],
             }
         )
-    return kept
+    rows.written()
+    converting.came, cleaning.left = reading.left, len(rows)
+    cleaning.came = converting.left
+    cleaning.seconds = time.perf_counter() - started
 
 
-def _convert(source: SourceSettings, work: _Work) -> tuple[str, Iterator[Sample]]:
-    """The format's name and the source's samples; rows that are none go to quarantine."""
-    plug = choose(probe(source, Path()), source.format, source.columns, where=source.path)
-
-    def samples() -> Iterator[Sample]:
-        for one in read(source, Path()):
-            if not isinstance(one, RawRow):
-                work.counts.samples += 1
-                work.reject(one.origin, one.reason, one.raw, "unreadable row")
+def _converted(
+    source: SourceSettings, plug: Format, reading: Stage, converting: Stage, work: _Work
+) -> Iterator[Sample]:
+    """The source's samples; bad rows go to quarantine, or are replaced by the repair that was accepted for them."""
+    for one in read(source, Path()):
+        reading.came += 1
+        made: Iterable[Sample | Refused]
+        if isinstance(one, RawRow):
+            reading.left += 1
+            made = _or_repaired(convert(plug, one, source.columns), one.row, plug, source, converting, work)
+        else:
+            repair = work.repairs.get(identity(one.origin, one.raw))
+            if repair is None:
+                suggestion = suggest(one.raw, one.origin, plug, source.columns)
+                work.reject(reading, one.origin, one.reason, one.raw, rule="unreadable row", repair=suggestion)
                 continue
-            for sample in convert(plug, one, source.columns):
-                if isinstance(sample, Refused):
-                    work.counts.samples += 1
-                    work.reject(sample.origin, sample.reason, sample.raw, "not a sample")
-                else:
-                    yield sample
+            reading.left += 1
+            reading.changed["accepted repair"] += 1
+            made = readmitted(repair, one.origin, plug, source.columns)
+        count = 0
+        for sample in made:
+            count += 1
+            if isinstance(sample, Refused):
+                suggestion = suggest(sample.raw, sample.origin, plug, source.columns)
+                work.reject(
+                    converting, sample.origin, sample.reason, sample.raw, rule=rule_of(sample.reason), repair=suggestion
+                )
+            else:
+                converting.left += 1
+                yield sample
+        if count == 0:
+            work.reject(converting, one.origin, "the row holds no sample", _raw(one), rule="not a sample")
+        elif count > 1:
+            converting.made["more from rows that hold several"] += count - 1
 
-    return plug.name, samples()
+
+def _raw(one: Any) -> Any:
+    return one.row if isinstance(one, RawRow) else one.raw
+
+
+def _or_repaired(
+    made: Iterable[Sample | Refused], row: Any, plug: Format, source: SourceSettings, stage: Stage, work: _Work
+) -> Iterator[Sample | Refused]:
+    """Each refused part with what it needs of its row, so that it can be repaired by itself; and the accepted repairs."""
+    for sample in made:
+        if not isinstance(sample, Refused):
+            yield sample
+            continue
+        if sample.origin.part and isinstance(sample.raw, dict):
+            shared = {key: value for key, value in row.items() if not isinstance(value, list)}
+            sample = Refused(sample.origin, sample.reason, {**shared, **sample.raw})
+        repair = work.repairs.get(identity(sample.origin, sample.raw))
+        if repair is None:
+            yield sample
+        else:
+            stage.changed["accepted repair"] += 1
+            yield from readmitted(repair, sample.origin, plug, source.columns)
 
 
 def _require_kind(sample: Sample, wants: str, source: SourceSettings, name: str) -> None:
@@ -197,56 +271,111 @@ def _require_kind(sample: Sample, wants: str, source: SourceSettings, name: str)
         )
 
 
-# clean, deduplicate, split
-
-
-def _clean(samples: list[Sample], chat: Chat, work: _Work) -> list[Sample]:
+def _cleaned(sample: Sample, chat: Chat, stage: Stage, work: _Work) -> Sample | None:
     """Literal end markers after an answer are stripped; text that still spells a control token is quarantined."""
-    kept = []
-    for sample in samples:
-        cleaned, stripped = strip_end_markers(sample, chat.control)
-        reason = only_markers(cleaned) or control_tokens(cleaned, chat.control)
-        if reason:
-            work.reject(sample.origin, reason, as_row(sample), "control token")
-            continue
-        if stripped:
-            work.counts.repaired["end marker stripped"] += 1
-        kept.append(cleaned)
-    return kept
+    cleaned, stripped = strip_end_markers(sample, chat.control)
+    reason = only_markers(cleaned) or control_tokens(cleaned, chat.control)
+    if reason:
+        raw = as_row(sample)
+        repair = work.repairs.get(identity(sample.origin, raw))
+        again = next(readmitted(repair, sample.origin, _NO_FORMAT, None)) if repair else None
+        if again is None or isinstance(again, Refused) or control_tokens(again, chat.control) or only_markers(again):
+            suggestion = without_control(cleaned, chat.control)
+            work.reject(
+                stage, sample.origin, reason, raw, rule=rule_of(reason), form="sample", repair=suggestion
+            )  # fmt: skip
+            return None
+        stage.changed["accepted repair"] += 1
+        return again
+    if stripped:
+        stage.changed["end marker stripped"] += 1
+    return cleaned
 
 
-def _deduplicate(samples: list[Sample], settings: DataSettings, work: _Work) -> list[Sample]:
-    """Exact duplicates go; of twins in a given test file and in training, the training one."""
-    if not settings.deduplicate:
-        return samples
-    kept, dropped = exact(samples, protected={file for file, part in work.parts.items() if part != "train"})
-    work.counts.removed["duplicate"] += len(dropped)
-    work.removed += [
-        {"origin": str(sample.origin), "rule": "duplicate", "reason": reason} for sample, reason in dropped
-    ]
-    return kept
+_NO_FORMAT: Any = None  # a repaired sample is not converted again
+
+
+# deduplicate
+
+
+def _deduplicate(rows: Rows, settings: DataSettings, work: _Work) -> np.ndarray:
+    """The numbers of the samples that stay. Of twins in a given test file and in training, the training one goes."""
+    with work.stage("duplicates") as stage:
+        here = np.arange(len(rows))
+        if settings.deduplicate:
+            held_out = [work.parts.get(file, "train") != "train" for file in rows.files]
+            first = repeats(rows.keys, np.array(held_out, bool)[rows.file_of])
+            for at in np.flatnonzero(first != here):
+                work.remove(stage, rows.origin(at), "duplicate", f"repeats {rows.origin(first[at])}")
+            here = here[first == here]
+        stage.left = len(here)
+    return here
 
 
 # render and fit
 
 
+@dataclass
+class Made:
+    """What became of one part: its samples by number, the rows of the store that each gave, and figures of the rows."""
+
+    path: Path
+    samples: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of each sample
+    groups: list[int] = field(default_factory=list)  # of each store row
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    supervised: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    no_end: list[bool] = field(default_factory=list)
+    unknown: list[int] = field(default_factory=list)
+    weighted: dict[str, int] = field(default_factory=dict)  # training samples more or fewer an epoch, by file
+    kept: int = 0
+
+
 def _render(
-    samples: list[Sample], chat: Chat, settings: DataSettings, wants: str, work: _Work, say: Progress, part: Part
-) -> Rendered:
-    """Tokens of each sample, those that do not fit dealt with as `too_long` says."""
-    done: Rendered = []
-    for at in range(0, len(samples), RENDER):
-        batch = samples[at : at + RENDER]
-        for sample, group in zip(batch, _tokens(batch, chat, wants), strict=True):
-            if isinstance(group, TemplateError):
-                work.reject(sample.origin, group.message, as_row(sample), "template")
-                continue
-            fitted = _cut_text(group, settings) if wants == "text" else _fit(sample, group, settings, work)
-            if fitted:
-                done.append((sample, fitted))
-        say(f"render {part}", at + len(batch))
-    work.counts.kept[part] = len(done)
-    return done
+    parts: dict[PartName, np.ndarray], rows: Rows, chat: Chat, settings: DataSettings, wants: str, work: _Work
+) -> dict[PartName, Made]:
+    """The samples as tokens, in the store; those that do not fit dealt with as `too_long` says."""
+    made = {}
+    with work.stage("render") as stage:
+        for name in PARTS:
+            made[name] = _render_part(name, parts[name], rows, chat, settings, wants, stage, work)
+            stage.left += made[name].kept
+    return made
+
+
+def _render_part(
+    name: PartName, numbers: np.ndarray, rows: Rows, chat: Chat, settings: DataSettings, wants: str, stage: Stage,
+    work: _Work,
+) -> Made:  # fmt: skip
+    made = Made(work.run.data / f"{name}.arrow")
+    unknown = _unknown_id(chat)
+    group = 0
+    with PartWriter(made.path) as writer:
+        for start in range(0, len(numbers), RENDER):
+            batch = [rows.sample(at) for at in numbers[start : start + RENDER]]
+            for at, sample, rendered in zip(
+                numbers[start : start + RENDER], batch, _tokens(batch, chat, wants), strict=True
+            ):
+                if isinstance(rendered, TemplateError):
+                    work.reject(stage, sample.origin, rendered.message, as_row(sample), rule="template", form="sample")
+                    continue
+                fitted = _cut_text(rendered, settings) if wants == "text" else _fit(sample, rendered, settings, stage,
+                                                                                    work)  # fmt: skip
+                if not fitted:
+                    continue
+                made.samples.append(int(at))
+                made.rows.append(len(fitted))
+                for tokens in fitted:  # a conversation's samples are shuffled together, a text's blocks apart
+                    writer.add(group, tokens)
+                    made.groups.append(group)
+                    made.no_end.append(wants != "text" and not _ends_trained(tokens, chat))
+                    made.unknown.append(tokens.ids.count(unknown) if unknown is not None else 0)
+                    group += wants == "text"
+                group += wants != "text"
+            work.say(f"render {name}", start + len(batch))
+    made.kept = len(made.samples)
+    made.lengths, made.supervised = np.array(writer.lengths), np.array(writer.supervised)
+    return made
 
 
 def _tokens(batch: list[Sample], chat: Chat, wants: str) -> list[list[Tokens] | TemplateError]:
@@ -267,20 +396,7 @@ def _tokens_of_one(talk: Conversation, chat: Chat) -> list[Tokens] | TemplateErr
         return error
 
 
-def _weigh(rendered: Rendered, seed: int, work: _Work) -> Rendered:
-    """Training samples as often as their source weighs; those that a weight below one leaves out are counted."""
-    if not work.weights:
-        return rendered
-    once = [sample for sample, _ in rendered]
-    chosen = weighted(once, work.weights, seed)
-    work.counts.weighted = {file: now - was for file, (was, now) in weighting(once, chosen).items()}
-    tokens = {id(sample): group for sample, group in rendered}
-    work.counts.kept["train"] = len({id(sample) for sample in chosen})
-    work.counts.removed["left out by weight"] += len(once) - work.counts.kept["train"]
-    return [(sample, tokens[id(sample)]) for sample in chosen]
-
-
-def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, work: _Work) -> list[Tokens]:
+def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, stage: Stage, work: _Work) -> list[Tokens]:
     """A conversation's samples under `max_length`, [] when it is removed or quarantined."""
     limit = settings.max_length
     longest = max(len(tokens.ids) for tokens in group)
@@ -292,17 +408,15 @@ def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, work: _Wor
                 hint="Raise data.max_length, or set data.too_long: drop or truncate.",
             )
         if settings.too_long == "drop":
-            work.counts.removed["too long"] += 1
-            reason = f"{longest} tokens, data.max_length is {limit}"
-            work.removed.append({"origin": str(sample.origin), "rule": "too long", "reason": reason})
+            work.remove(stage, sample.origin, "too long", f"{longest} tokens, data.max_length is {limit}")
             return []
         group = [_truncate(tokens, limit) for tokens in group]
     if not any(tokens.supervised for tokens in group):
         reason = "no supervised token is left after the cut" if longest > limit else "no token is supervised"
-        work.reject(sample.origin, reason, as_row(sample), "nothing to train")
+        work.reject(stage, sample.origin, reason, as_row(sample), rule="nothing to train", form="sample")
         return []
     if longest > limit:
-        work.counts.repaired["cut to max_length"] += 1
+        stage.changed["cut to max_length"] += 1
     return [tokens for tokens in group if tokens.supervised]
 
 
@@ -323,48 +437,87 @@ def _cut_text(group: list[Tokens], settings: DataSettings) -> list[Tokens]:
     return [Tokens(ids[a : a + limit], tokens.train_on[a : a + limit], tokens.origin) for a in starts]
 
 
-def _rows(rendered: Rendered) -> Iterator[tuple[int, Tokens]]:
-    """Rows with the group they are shuffled in: a conversation's samples stay together, a text's blocks do not."""
-    group = 0
-    for sample, samples in rendered:
-        for tokens in samples:
-            yield group, tokens
-            group += isinstance(sample, Text)
-        group += not isinstance(sample, Text)
+# weigh
+
+
+def _weigh(made: Made, rows: Rows, seed: int, work: _Work) -> None:
+    """Training samples as often as their source weighs; those that a weight below one leaves out are counted."""
+    with work.stage("weigh") as stage:
+        stage.left = stage.came
+        if not work.weights:
+            return
+        numbers = np.array(made.samples)
+        weights = np.array([work.weights.get(file, 1.0) for file in rows.files])[rows.file_of[numbers]]
+        names = [f"{rows.keys[at].hex()} {rows.origin(at)}" for at in numbers]
+        times = times_seen(weights, names, seed)
+        files = rows.file_of[numbers]
+        for file, name in enumerate(rows.files):
+            change = int((times[files == file] - 1).sum())
+            if change:
+                made.weighted[name] = change
+        for at in numbers[times == 0]:
+            work.remove(stage, rows.origin(at), "left out by weight", "the weight of its source is below one")
+        _take(made, times)
+        stage.left -= stage.removed.total()
+
+
+def _take(made: Made, times: np.ndarray) -> None:
+    """The part's samples as often as `times` says, each copy a group of its own; copies follow each other."""
+    starts = np.concatenate([[0], np.cumsum(made.rows)])
+    groups = np.array(made.groups)
+    taken, numbered, group = [], [], 0
+    for at, count in enumerate(times):
+        rows = np.arange(starts[at], starts[at + 1])
+        for _ in range(count):
+            inside = groups[rows] - groups[rows[0]]
+            taken.append(rows)
+            numbered.append(group + inside)
+            group += int(inside[-1]) + 1
+    order = np.concatenate(taken) if taken else np.zeros(0, np.int64)
+    made.groups = np.concatenate(numbered).tolist() if numbered else []
+    whole = made.path.with_name(f".{made.path.name}.part")
+    made.path.replace(whole)
+    copy_rows(whole, made.path, order, np.array(made.groups, np.int64))
+    whole.unlink()
+    made.lengths, made.supervised = made.lengths[order], made.supervised[order]
+    made.no_end = np.array(made.no_end)[order].tolist()
+    made.unknown = np.array(made.unknown)[order].tolist()
+    made.samples = [number for number, count in zip(made.samples, times, strict=True) if count]
+    made.rows = [count for count, seen in zip(made.rows, times, strict=True) if seen]
+    made.kept = len(made.samples)
 
 
 # what is told
 
 
 def _report(
-    settings: DataSettings,
-    chat: Chat,
-    wants: str,
-    work: _Work,
-    rendered: dict[Part, Rendered],
-) -> dict[str, Any]:
+    settings: DataSettings, chat: Chat, wants: str, work: _Work, made: dict[PartName, Made]
+) -> dict[str, Any]:  # fmt: skip
     """Everything the data report and the screen show, as plain values."""
+    ledger = work.ledger
     parts = {}
-    unknown = _unknown_id(chat)
     for name in PARTS:
-        flat = [tokens for _, group in rendered[name] for tokens in group]
+        part = made[name]
         parts[name] = {
-            "samples": len(rendered[name]),
-            "rows": len(flat),  # more than samples where a template rewrites history or a text is cut into blocks
-            "tokens": sum(len(tokens.ids) for tokens in flat),
-            "supervised": sum(tokens.supervised for tokens in flat),
-            "no_end": sum(not _ends_trained(tokens, chat) for tokens in flat) if wants != "text" else 0,
-            "unknown": sum(tokens.ids.count(unknown) for tokens in flat) if unknown is not None else 0,
-            "lengths": _histogram([len(tokens.ids) for tokens in flat], settings.max_length),
+            "samples": len(part.rows) + sum(part.weighted.values()) + ledger.total("removed")["left out by weight"]
+            if name == "train"
+            else part.kept,  # an epoch's: with the copies that weights make
+            "rows": len(part.lengths),  # more than samples where a template rewrites history or a text is cut in blocks
+            "tokens": int(part.lengths.sum()),
+            "supervised": int(part.supervised.sum()),
+            "no_end": sum(part.no_end),
+            "unknown": sum(part.unknown),
+            "lengths": _histogram(part.lengths, settings.max_length),
         }
-    counts = asdict(work.counts)
     return {
-        "samples": work.counts.samples,
-        "kept": counts["kept"],
-        "quarantined": dict(work.counts.quarantined.most_common()),
-        "removed": {rule: n for rule, n in work.counts.removed.items() if n},
-        "repaired": dict(work.counts.repaired),
-        "weighted": work.counts.weighted,
+        "samples": ledger.samples,
+        "kept": {name: made[name].kept for name in PARTS},
+        "quarantined": dict(ledger.total("quarantined").most_common()),
+        "reasons": {rule: dict(counts.most_common(20)) for rule, counts in work.reasons.items()},
+        "removed": {rule: n for rule, n in ledger.total("removed").items() if n},
+        "repaired": dict(ledger.total("changed")),
+        "stages": ledger.as_rows(),
+        "weighted": made["train"].weighted,
         "sources": work.sources,
         "parts": parts,
         "max_length": settings.max_length,
@@ -382,24 +535,22 @@ def _unknown_id(chat: Chat) -> int | None:
 
 def _ends_trained(tokens: Tokens, chat: Chat) -> bool:
     """Whether the last trained token ends a turn; it does not where the sample was cut."""
-    trained = [token for token, on in zip(tokens.ids, tokens.train_on, strict=True) if on]
-    return bool(trained) and trained[-1] in chat.stop_ids
+    at = len(tokens.ids) - 1
+    while at >= 0 and not tokens.train_on[at]:
+        at -= 1
+    return at >= 0 and tokens.ids[at] in chat.stop_ids
 
 
-def _histogram(lengths: list[int], limit: int, bins: int = 16) -> list[list[int]]:
+def _histogram(lengths: np.ndarray, limit: int, bins: int = 16) -> list[list[int]]:
     """[[from, to, rows], ...] over equal ranges up to the limit."""
     width = -(-limit // bins)
-    counts = Counter(min((length - 1) // width, bins - 1) for length in lengths if length)
-    return [[b * width + 1, min((b + 1) * width, limit), counts[b]] for b in range(bins)]
+    counts = np.bincount(np.minimum((lengths[lengths > 0] - 1) // width, bins - 1), minlength=bins)
+    return [[b * width + 1, min((b + 1) * width, limit), int(counts[b])] for b in range(bins)]
 
 
-def _require_training_data(report: dict[str, Any], work: _Work, run: RunDir) -> None:
-    if report["parts"]["train"]["supervised"]:
-        return
-    write_jsonl(run.quarantine, work.quarantine)
-    write_json(run.data_report, report)
+def _nothing_to_train(report: dict[str, Any], run: RunDir) -> DataError:
     reasons = [f"{n} {reason}" for reason, n in [*report["removed"].items(), *report["quarantined"].items()]]
-    raise DataError(
+    return DataError(
         f"no token is left to train on: of {report['samples']} samples "
         + ("; ".join(reasons) or "none is for training"),
         where=str(run.data),
@@ -418,33 +569,12 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-# samples as plain rows, for quarantine.jsonl and test.jsonl
-
-
-def as_row(sample: Sample) -> dict[str, Any]:
-    """A sample as a JSON-able row; a Conversation comes back with `from_row`."""
-    origin = {"file": sample.origin.file, "line": sample.origin.line, "part": sample.origin.part}
-    if isinstance(sample, Text):
-        return {"text": sample.text, "origin": origin, "meta": sample.meta}
-    if isinstance(sample, Conversation):
-        messages = [{**message.as_dict(), "train": message.train} for message in sample.messages]
-        return {"messages": messages, "tools": list(sample.tools), "meta": sample.meta, "origin": origin}
-    return {
-        "prompt": [message.as_dict() for message in sample.prompt],
-        "chosen": sample.chosen.as_dict(),
-        "rejected": sample.rejected.as_dict(),
-        "origin": origin,
-    }
-
-
-def from_row(row: dict[str, Any]) -> Conversation:
-    messages = []
-    for message in row["messages"]:
-        extra = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
-        messages.append(Message(message["role"], message["content"], message["train"], extra=extra))
-    return Conversation(tuple(messages), Origin(**row["origin"]), tuple(row["tools"]), row["meta"])
+def kept_samples(run: RunDir, part: PartName) -> Iterator[Sample]:
+    """The samples of a part of a prepared run, as they were said, one at a time."""
+    path = run.data / f"{part}.jsonl"
+    return (from_row(row) for row in read_jsonl(path)) if path.exists() else iter(())
 
 
 def test_conversations(run: RunDir) -> list[Conversation]:
     """The test part of a prepared run, as it was said."""
-    return [from_row(row) for row in read_jsonl(run.test_rows)] if run.test_rows.exists() else []
+    return [sample for sample in kept_samples(run, "test") if isinstance(sample, Conversation)]
