@@ -153,7 +153,7 @@ def _stages(
 
 
 def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int, run: RunDir) -> str:
-    """Everything that decides what the prepared data are: contents of the files, rules, repairs, template, tokenizer."""
+    """Everything that decides what the prepared data are: files by content, rules, repairs, template, tokenizer."""
     contents = []
     for source in settings.sources:
         files = list_files(source, Path()).files
@@ -244,7 +244,7 @@ def _raw(one: Any) -> Any:
 def _or_repaired(
     made: Iterable[Sample | Refused], row: Any, plug: Format, source: SourceSettings, stage: Stage, work: _Work
 ) -> Iterator[Sample | Refused]:
-    """Each refused part with what it needs of its row, so that it can be repaired by itself; and the accepted repairs."""
+    """Refused parts with what they need of their row, so that each can be repaired by itself; accepted repairs."""
     for sample in made:
         if not isinstance(sample, Refused):
             yield sample

@@ -1,7 +1,7 @@
 """Samples on their way through the stages: on disk as JSON lines, in memory only what the stages decide by.
 
-A million rows of a kilobyte are a gigabyte of text and ten of Python objects; here they are the gigabyte on disk and about
-a hundred bytes each in memory.
+A million rows of a kilobyte are a gigabyte of text and several of Python objects; here they are the gigabyte on disk and
+about a hundred bytes each in memory.
 """
 
 from __future__ import annotations
