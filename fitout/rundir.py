@@ -59,6 +59,10 @@ class RunDir:
         return self.data / "report.json"
 
     @property
+    def data_details(self) -> Path:
+        return self.data / "details.json"
+
+    @property
     def data_page(self) -> Path:
         return self.data / "report.html"
 

@@ -1,8 +1,8 @@
 """From files to prepared data: the stages in order, each sample counted at every one.
 
-    read -> convert -> clean -> duplicates -> split -> render (and fit the length) -> weigh -> store
-      |        |         |          |                     |                             |
-      quarantine      quarantine  removed             quarantine or removed          removed
+    read -> convert -> clean -> duplicates -> benchmarks -> split -> augment -> render -> balance -> store
+      |        |         |          |            |            |                    |          |
+      quarantine     quarantine  removed      removed      removed     quarantine or removed  removed
 
 Between cleaning and storing the samples are on disk (`rows`); the stages decide over numbers and keys. Every stage adds
 up: what came and was made = what left + quarantined + removed by a named rule (`ledger`).
@@ -11,8 +11,9 @@ up: what came and was made = what left + quarantined + removed by a named rule (
 from __future__ import annotations
 
 import time
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,23 +25,28 @@ from ..chat.types import Conversation, Origin, Sample, Text, Tokens
 from ..errors import DataError, TemplateError
 from ..files import explain_os_errors, fingerprint, read_json, read_jsonl, sha256_file, write_json
 from ..rundir import RunDir
-from . import DataSettings, SourceSettings
+from . import BalanceSettings, DataSettings, SourceSettings
 from . import Part as PartName
+from .balance import cap_classes, distribute, give_shares, length_classes, weigh
 from .clean import control_tokens, only_markers, strip_end_markers
-from .dedupe import repeats
+from .content import digest, opening, phrasing
 from .formats import Format, Refused, choose, convert
 from .ledger import Ledger, Stage
 from .page import write_page
+from .positions import CLASSES, moved, place_of
 from .readers import RawRow
 from .repair import Repair, Repairs, accepted, identity, readmitted, rule_of, suggest, without_control
 from .rows import Lines, Rows, as_row, from_row
 from .sources import list_files, probe, read
-from .split import PARTS, split, times_seen
+from .split import HELD_OUT, PARTS, split
 from .store import PartWriter, Prepared, copy_rows, open_prepared, write_fingerprint
+from .taxonomy import NONE, Classifier, Tasks, look_up, named, of_label, parsed
+from .twins import Twins, certify_split, find_benchmarks, find_twins
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
 
+PLACED = 20_000  # training samples whose key information is located, where only the report asks for it
 RENDER = 1000  # conversations rendered at a time
 SHOWN = 6  # quarantined rows of a rule that the page shows
 Progress = Callable[[str, int], None]  # the stage, and how many samples it has done
@@ -57,7 +63,11 @@ class _Work:
         self.reasons: dict[str, Counter[str]] = defaultdict(Counter)  # by rule
         self.shown: list[dict[str, Any]] = []
         self.sources: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}  # figures for the report
+        self.details: dict[str, Any] = {}  # texts for the page; the report has none, so that it can go where no test
+        # question may
         self.parts: dict[str, PartName] = {}  # files that a source's `split:` gives to a part
+        self.source_of: dict[str, int] = {}  # the place of each file's source in the recipe
         self.weights: dict[str, float] = {}  # files whose training samples are seen more or less often
 
     def reject(self, stage: Stage, origin: Origin, reason: str, raw: Any, *, rule: str, form: str = "row",
@@ -83,6 +93,9 @@ class _Work:
     def remove(self, stage: Stage, origin: Origin, rule: str, reason: str) -> None:
         stage.removed[rule] += 1
         self.removed.write({"origin": str(origin), "rule": rule, "reason": reason})
+
+    def remover(self, stage: Stage, rows: Rows) -> Callable[[int, str, str], None]:
+        return lambda at, rule, reason: self.remove(stage, rows.origin(at), rule, reason)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -131,14 +144,15 @@ def prepare(
 def _stages(
     settings: DataSettings, chat: Chat, wants: str, run: RunDir, seed: int, work: _Work, rows: Rows
 ) -> dict[str, Any]:
-    _read_and_clean(settings.sources, chat, wants, work, rows)
-    here = _deduplicate(rows, settings, work)
-    fixed = [work.parts.get(file) for file in rows.files]
-    parts = split(rows.prompts[here], settings.split, seed, [fixed[file] for file in rows.file_of[here]])
-    made = _render({name: here[at] for name, at in parts.items()}, rows, chat, settings, wants, work)
-    _weigh(made["train"], rows, seed, work)
+    facts = _read_and_clean(settings, chat, wants, work, rows)
+    twins = _deduplicate(rows, settings, work)
+    here = _without_benchmarks(rows, twins.here, settings, work)
+    parts = _split(rows, here, twins, facts, settings, seed, work)
+    parts["train"] = _augment(parts["train"], rows, facts, settings, work)
+    made = _render(parts, rows, chat, settings, wants, facts, work)
+    _balance(made["train"], rows, facts, settings, seed, work)
     work.ledger.check()
-    report = _report(settings, chat, wants, work, made)
+    report = _report(settings, chat, wants, work, made, facts)
     for name in PARTS:
         lines = Lines(run.data / f"{name}.jsonl")
         for at in made[name].samples:
@@ -148,6 +162,7 @@ def _stages(
     write_json(run.data_report, report)
     if not report["parts"]["train"]["supervised"]:
         raise _nothing_to_train(report, run)
+    write_json(run.data_details, work.details)
     write_page(run.data_page, report, work.shown)
     return report
 
@@ -160,17 +175,46 @@ def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int, run:
         contents.append([sha256_file(path) for path, _ in files] if files else source.path)
     left_out: Any = {"packing": True, "split_seed": True, "sources": {"__all__": {"path"}}}  # `seed` is the split's
     rules = settings.model_dump(mode="json", exclude=left_out)
-    return fingerprint(6, rules, contents, accepted(run.repairs), chat.fingerprint, wants, seed)
+    for path in settings.benchmarks.files if settings.benchmarks else ():
+        contents.append([sha256_file(file) for file, _ in list_files(SourceSettings(path=path), Path()).files])
+    return fingerprint(7, rules, contents, accepted(run.repairs), chat.fingerprint, wants, seed)
 
 
 # read, convert, clean
 
 
-def _read_and_clean(sources: Sequence[SourceSettings], chat: Chat, wants: str, work: _Work, rows: Rows) -> None:
+@dataclass
+class Facts:
+    """What is known of each sample besides what it says: its task, and the group that must not be parted."""
+
+    tasks: Tasks
+    task_of: array[int] = field(default_factory=lambda: array("i"))
+    group_of: list[bytes | None] = field(default_factory=list)
+
+    def add(self, sample: Sample, settings: DataSettings) -> None:
+        prompt = ""
+        if settings.tasks.rules:
+            prompt = sample.text if isinstance(sample, Text) else "\n".join(m.content for m in opening(sample))
+        self.task_of.append(self.tasks.number(self.tasks.read(sample, prompt)))
+        if settings.split.group:
+            value = look_up(sample.meta, settings.split.group)
+            self.group_of.append(None if value is None else digest("group", value))
+
+    @property
+    def told(self) -> bool:
+        """Whether any sample has a task."""
+        return any(label != NONE for label in self.tasks.labels)
+
+    def labels(self, numbers: np.ndarray) -> list[tuple[str, ...]]:
+        return [self.tasks.labels[self.task_of[at]] for at in numbers]
+
+
+def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work, rows: Rows) -> Facts:
     """Every sample of the sources, cleaned, into `rows`; what is none goes to quarantine."""
+    facts = Facts(Tasks(settings.tasks))
     reading, converting, cleaning = (work.ledger.begin(name, 0) for name in ("read", "convert", "clean"))
     started = time.perf_counter()
-    for source in sources:
+    for number, source in enumerate(settings.sources):
         plug = choose(probe(source, Path()), source.format, source.columns, where=source.path)
         before = (reading.came + converting.made.total(), reading.quarantined.total() + converting.quarantined.total())
         for sample in _converted(source, plug, reading, converting, work):
@@ -179,6 +223,8 @@ def _read_and_clean(sources: Sequence[SourceSettings], chat: Chat, wants: str, w
             if cleaned is None:
                 continue
             rows.add(cleaned)
+            facts.add(cleaned, settings)
+            work.source_of[sample.origin.file] = number
             if source.split:
                 work.parts[sample.origin.file] = source.split
             if source.weight != 1:
@@ -199,6 +245,41 @@ def _read_and_clean(sources: Sequence[SourceSettings], chat: Chat, wants: str, w
     converting.came, cleaning.left = reading.left, len(rows)
     cleaning.came = converting.left
     cleaning.seconds = time.perf_counter() - started
+    if settings.tasks.suggest:
+        work.facts["suggested"] = _suggest_tasks(rows, facts)
+    if settings.split.group and not any(facts.group_of):
+        raise DataError(
+            f"no sample has the column {settings.split.group!r}",
+            where="data.split.group",
+            harm="What belongs together could be parted.",
+            hint="Name a column of the rows, as they are in the file.",
+        )
+    return facts
+
+
+def _suggest_tasks(rows: Rows, facts: Facts) -> dict[str, Any]:
+    """Samples without a task get the one the classifier is sure of."""
+    tasks = facts.tasks
+    none = tasks.number(NONE)
+    labels = [-1 if number == none else number for number in facts.task_of]
+    known = sum(label >= 0 for label in labels)
+    if known < 20 or known == len(labels):
+        return {"samples": 0, "of": len(labels) - known, "accuracy": None, "coverage": None}
+    judge = Classifier(labels, rows.prompt, len(rows), len(tasks.labels))
+    given = 0
+    for at, label in enumerate(labels):
+        said = judge.suggest(rows.prompt(at)) if label < 0 else None
+        if said is not None:
+            facts.task_of[at] = said
+            given += 1
+    tasks.came_from["suggestion"] += given
+    tasks.came_from["nothing"] -= given
+    return {
+        "samples": given,
+        "of": len(labels) - known,
+        "accuracy": round(judge.accuracy, 4),
+        "coverage": round(judge.coverage, 4),
+    }
 
 
 def _converted(
@@ -295,21 +376,80 @@ def _cleaned(sample: Sample, chat: Chat, stage: Stage, work: _Work) -> Sample | 
 _NO_FORMAT: Any = None  # a repaired sample is not converted again
 
 
-# deduplicate
+# duplicates, benchmarks, split
 
 
-def _deduplicate(rows: Rows, settings: DataSettings, work: _Work) -> np.ndarray:
-    """The numbers of the samples that stay. Of twins in a given test file and in training, the training one goes."""
+def _deduplicate(rows: Rows, settings: DataSettings, work: _Work) -> Twins:
+    """Of twins in a given test file and in training, the training one goes."""
     with work.stage("duplicates") as stage:
-        here = np.arange(len(rows))
-        if settings.deduplicate:
-            held_out = [work.parts.get(file, "train") != "train" for file in rows.files]
-            first = repeats(rows.keys, np.array(held_out, bool)[rows.file_of])
-            for at in np.flatnonzero(first != here):
-                work.remove(stage, rows.origin(at), "duplicate", f"repeats {rows.origin(first[at])}")
-            here = here[first == here]
+        held_out = [work.parts.get(file, "train") != "train" for file in rows.files]
+        marked = np.array(held_out, bool)[rows.file_of] if len(rows) else np.zeros(0, bool)
+        twins = find_twins(rows, settings.deduplicate, marked, work.remover(stage, rows))
+        stage.left = len(twins.here)
+        work.facts["duplicates"], work.details["clusters"] = twins.figures, twins.clusters
+    return twins
+
+
+def _without_benchmarks(rows: Rows, here: np.ndarray, settings: DataSettings, work: _Work) -> np.ndarray:
+    if settings.benchmarks is None:
+        return here
+    with work.stage("benchmarks") as stage:
+        here, figures, shown = find_benchmarks(rows, here, settings.benchmarks, work.remover(stage, rows))
         stage.left = len(here)
+        work.facts["benchmarks"], work.details["benchmarks"] = figures, shown
     return here
+
+
+def _split(
+    rows: Rows, here: np.ndarray, twins: Twins, facts: Facts, settings: DataSettings, seed: int, work: _Work
+) -> dict[PartName, np.ndarray]:
+    """The numbers of each part; training samples too near to a held-out one are taken out, whatever put them there."""
+    with work.stage("split") as stage:
+        if settings.split.group:
+            owners: dict[bytes, int] = {}
+            for at, group in enumerate(facts.group_of):
+                if group is not None:
+                    twins.groups.join(owners.setdefault(group, at), at)
+        names = twins.groups.names(rows.prompts)
+        fixed = [work.parts.get(file) for file in rows.files]
+        divided = split(
+            [names[at] for at in here],
+            settings.split,
+            seed,
+            [fixed[file] for file in rows.file_of[here]],
+            facts.labels(here) if facts.told else None,
+        )
+        parts: dict[PartName, np.ndarray] = {name: here[at] for name, at in divided.items()}
+        held_out = {name: parts[name] for name in HELD_OUT if len(parts[name])}
+        if twins.weights is not None and held_out and len(parts["train"]):
+            too_near, figures, pairs = certify_split(
+                rows, parts["train"], {**held_out}, twins.weights, settings.deduplicate.similarity
+            )
+            remove = work.remover(stage, rows)
+            for at in sorted(too_near):
+                remove(at, "too near to a held-out sample", "its prompt is nearly one of validation or test")
+            parts["train"] = np.array([at for at in parts["train"] if int(at) not in too_near], np.int64)
+            work.facts["leakage"], work.details["nearest"] = figures, pairs
+        stage.left = sum(map(len, parts.values()))
+    return parts
+
+
+def _augment(numbers: np.ndarray, rows: Rows, facts: Facts, settings: DataSettings, work: _Work) -> np.ndarray:
+    """Training samples whose key passage is marked also come with it moved."""
+    if not settings.position.augment or settings.position.field is None:
+        return numbers
+    with work.stage("augment") as stage:
+        more = []
+        for at in numbers:
+            sample = rows.sample(int(at))
+            for place, other in moved(sample, settings.position.field) if isinstance(sample, Conversation) else ():
+                stage.made[f"key passage moved to the {place}"] += 1
+                more.append(len(rows))
+                rows.add(other)
+                facts.task_of.append(facts.task_of[at])
+        rows.written()
+        stage.left = stage.came + len(more)
+    return np.concatenate([numbers, np.array(more, np.int64)])
 
 
 # render and fit
@@ -327,28 +467,34 @@ class Made:
     supervised: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     no_end: list[bool] = field(default_factory=list)
     unknown: list[int] = field(default_factory=list)
+    asked: array[int] = field(default_factory=lambda: array("i"))  # tokens of each sample's prompt
+    places: list[int] = field(default_factory=list)  # of each key information, in positions.CLASSES; -1: unread
+    order: list[int] = field(default_factory=list)  # the sample of each group of rows, copies among them
+    rows_of_order: list[int] = field(default_factory=list)
     weighted: dict[str, int] = field(default_factory=dict)  # training samples more or fewer an epoch, by file
     kept: int = 0
 
 
 def _render(
-    parts: dict[PartName, np.ndarray], rows: Rows, chat: Chat, settings: DataSettings, wants: str, work: _Work
-) -> dict[PartName, Made]:
+    parts: dict[PartName, np.ndarray], rows: Rows, chat: Chat, settings: DataSettings, wants: str, facts: Facts,
+    work: _Work,
+) -> dict[PartName, Made]:  # fmt: skip
     """The samples as tokens, in the store; those that do not fit dealt with as `too_long` says."""
     made = {}
     with work.stage("render") as stage:
         for name in PARTS:
-            made[name] = _render_part(name, parts[name], rows, chat, settings, wants, stage, work)
+            made[name] = _render_part(name, parts[name], rows, chat, settings, wants, facts, stage, work)
             stage.left += made[name].kept
     return made
 
 
 def _render_part(
-    name: PartName, numbers: np.ndarray, rows: Rows, chat: Chat, settings: DataSettings, wants: str, stage: Stage,
-    work: _Work,
+    name: PartName, numbers: np.ndarray, rows: Rows, chat: Chat, settings: DataSettings, wants: str, facts: Facts,
+    stage: Stage, work: _Work,
 ) -> Made:  # fmt: skip
     made = Made(work.run.data / f"{name}.arrow")
     unknown = _unknown_id(chat)
+    every = 1 if name != "train" or any(b.by == "position" for b in settings.balance) else -(-len(numbers) // PLACED)
     group = 0
     with PartWriter(made.path) as writer:
         for start in range(0, len(numbers), RENDER):
@@ -365,8 +511,11 @@ def _render_part(
                     continue
                 made.samples.append(int(at))
                 made.rows.append(len(fitted))
+                made.asked.append(fitted[0].train_on.index(True))
+                told = wants != "text" and len(made.samples) % every == 0
+                made.places.append(CLASSES.index(place_of(sample, settings.position.field)) if told else -1)
                 for tokens in fitted:  # a conversation's samples are shuffled together, a text's blocks apart
-                    writer.add(group, tokens)
+                    writer.add(group, tokens, facts.task_of[at] if facts.told else -1)
                     made.groups.append(group)
                     made.no_end.append(wants != "text" and not _ends_trained(tokens, chat))
                     made.unknown.append(tokens.ids.count(unknown) if unknown is not None else 0)
@@ -374,6 +523,7 @@ def _render_part(
                 group += wants != "text"
             work.say(f"render {name}", start + len(batch))
     made.kept = len(made.samples)
+    made.order, made.rows_of_order = list(made.samples), list(made.rows)
     made.lengths, made.supervised = np.array(writer.lengths), np.array(writer.supervised)
     return made
 
@@ -437,28 +587,85 @@ def _cut_text(group: list[Tokens], settings: DataSettings) -> list[Tokens]:
     return [Tokens(ids[a : a + limit], tokens.train_on[a : a + limit], tokens.origin) for a in starts]
 
 
-# weigh
+# balance
 
 
-def _weigh(made: Made, rows: Rows, seed: int, work: _Work) -> None:
-    """Training samples as often as their source weighs; those that a weight below one leaves out are counted."""
-    with work.stage("weigh") as stage:
+def _balance(made: Made, rows: Rows, facts: Facts, settings: DataSettings, seed: int, work: _Work) -> None:
+    """How often each training sample is seen in an epoch: caps, distributions, weights, shares, in this order."""
+    with work.stage("balance") as stage:
         stage.left = stage.came
-        if not work.weights:
+        shares = {source: one.share for source, one in enumerate(settings.sources) if one.share is not None}
+        tasks = settings.tasks
+        if not (work.weights or shares or tasks.weights or tasks.caps or settings.balance) or not made.samples:
             return
         numbers = np.array(made.samples)
-        weights = np.array([work.weights.get(file, 1.0) for file in rows.files])[rows.file_of[numbers]]
-        names = [f"{rows.keys[at].hex()} {rows.origin(at)}" for at in numbers]
-        times = times_seen(weights, names, seed)
         files = rows.file_of[numbers]
+        keys = rows.keys[numbers]
+        names = [f"{bytes(key).hex()} {rows.origin(at)}" for key, at in zip(keys, made.samples, strict=True)]
+        labels = facts.labels(numbers)
+        times = np.ones(len(numbers), np.int64)
+
+        def settle(now: np.ndarray, rule: str, why: str) -> np.ndarray:
+            for at in numbers[(times > 0) & (now == 0)]:
+                work.remove(stage, rows.origin(at), rule, why)
+            return now
+
+        for level in (1, 2):  # a task's cap, then its sub-tasks'
+            at_level = [named(label[:level]) if len(label) >= level else None for label in labels]
+            most = {name: cap for name, cap in tasks.caps.items() if len(parsed(name)) == level}
+            times = settle(cap_classes(times, at_level, most, names, seed), "over the cap of its task", str(most))
+        for number, one in enumerate(settings.balance):
+            times = settle(*_balanced(times, one, made, numbers, rows, names, seed, work, number))
+        weights = np.array([work.weights.get(file, 1.0) for file in rows.files])[files]
+        weights = weights * np.array([of_label(tasks.weights, label) or 1.0 for label in labels])
+        times = settle(weigh(times, weights, names, seed), "left out by weight", "its weight is below one")
+        if shares:
+            source_of = np.array([work.source_of.get(file, -1) for file in rows.files])[files]
+            given = give_shares(times, source_of, shares, names, seed)
+            times = settle(given, "left out by its source's share", "the share needs fewer rows than the source has")
         for file, name in enumerate(rows.files):
             change = int((times[files == file] - 1).sum())
             if change:
                 made.weighted[name] = change
-        for at in numbers[times == 0]:
-            work.remove(stage, rows.origin(at), "left out by weight", "the weight of its source is below one")
-        _take(made, times)
+        if (times != 1).any():
+            _take(made, times)
         stage.left -= stage.removed.total()
+
+
+def _balanced(
+    times: np.ndarray, one: BalanceSettings, made: Made, numbers: np.ndarray, rows: Rows, names: list[str], seed: int,
+    work: _Work, number: int,
+) -> tuple[np.ndarray, str, str]:  # fmt: skip
+    """(times, rule, reason) after one entry of `balance`."""
+    order: list[str]
+    if one.by == "length":
+        starts = np.concatenate([[0], np.cumsum(made.rows)])[:-1].astype(np.int64)
+        classes, order = length_classes(np.maximum.reduceat(made.lengths, starts), one.edges)
+    elif one.by == "position":
+        classes, order = [CLASSES[place] for place in made.places], list(CLASSES)
+    else:
+        classes = [phrasing(rows.prompt(int(at))) for at in numbers]
+        order = [name for name, _ in Counter(classes).most_common(12)]
+    unknown = sorted(set(one.to) - set(order)) if isinstance(one.to, dict) else []
+    if unknown:
+        raise DataError(
+            f"there is no class {', '.join(map(repr, unknown))} of {one.by}",
+            where=f"data.balance.{number}.to",
+            harm="The samples would not be spread as asked.",
+            hint=f"There are: {', '.join(order)}.",
+        )
+    before = Counter(classes[at] for at in np.flatnonzero(times))
+    if one.cap is not None:
+        most = round(one.cap * len(numbers)) if one.cap < 1 else int(one.cap)
+        now = cap_classes(times, classes, dict.fromkeys(before, max(1, most)), names, seed)
+    else:
+        now = distribute(times, classes, one, names, seed)
+    after: Counter[str] = Counter()
+    for at in np.flatnonzero(now):
+        after[classes[at]] += int(now[at])
+    figures = [{"class": name, "before": before[name], "after": after[name]} for name in order if before[name]]
+    work.facts.setdefault("balance", []).append({"by": one.by, "how": one.how, "classes": figures})
+    return now, f"balanced by {one.by}", f"its class has more than data.balance.{number} asks for"
 
 
 def _take(made: Made, times: np.ndarray) -> None:
@@ -482,6 +689,10 @@ def _take(made: Made, times: np.ndarray) -> None:
     made.lengths, made.supervised = made.lengths[order], made.supervised[order]
     made.no_end = np.array(made.no_end)[order].tolist()
     made.unknown = np.array(made.unknown)[order].tolist()
+    made.order = [number for number, count in zip(made.samples, times, strict=True) for _ in range(count)]
+    made.rows_of_order = [rows for rows, count in zip(made.rows, times, strict=True) for _ in range(count)]
+    made.asked = array("i", [asked for asked, count in zip(made.asked, times, strict=True) for _ in range(count)])
+    made.places = [place for place, count in zip(made.places, times, strict=True) for _ in range(count)]
     made.samples = [number for number, count in zip(made.samples, times, strict=True) if count]
     made.rows = [count for count, seen in zip(made.rows, times, strict=True) if seen]
     made.kept = len(made.samples)
@@ -491,7 +702,7 @@ def _take(made: Made, times: np.ndarray) -> None:
 
 
 def _report(
-    settings: DataSettings, chat: Chat, wants: str, work: _Work, made: dict[PartName, Made]
+    settings: DataSettings, chat: Chat, wants: str, work: _Work, made: dict[PartName, Made], facts: Facts
 ) -> dict[str, Any]:  # fmt: skip
     """Everything the data report and the screen show, as plain values."""
     ledger = work.ledger
@@ -499,15 +710,18 @@ def _report(
     for name in PARTS:
         part = made[name]
         parts[name] = {
-            "samples": len(part.rows) + sum(part.weighted.values()) + ledger.total("removed")["left out by weight"]
-            if name == "train"
-            else part.kept,  # an epoch's: with the copies that weights make
+            "samples": len(part.order),  # an epoch's: with the copies that weights make
             "rows": len(part.lengths),  # more than samples where a template rewrites history or a text is cut in blocks
             "tokens": int(part.lengths.sum()),
             "supervised": int(part.supervised.sum()),
             "no_end": sum(part.no_end),
             "unknown": sum(part.unknown),
             "lengths": _histogram(part.lengths, settings.max_length),
+            "prompts": _spread(np.array(part.asked, np.int64)),
+            "answers": _spread(part.supervised),
+            "places": {
+                name: count for at, name in enumerate(CLASSES) if (count := sum(place == at for place in part.places))
+            },
         }
     return {
         "samples": ledger.samples,
@@ -517,6 +731,8 @@ def _report(
         "removed": {rule: n for rule, n in ledger.total("removed").items() if n},
         "repaired": dict(ledger.total("changed")),
         "stages": ledger.as_rows(),
+        **work.facts,
+        "tasks": _task_grid(made, facts),
         "weighted": made["train"].weighted,
         "sources": work.sources,
         "parts": parts,
@@ -525,6 +741,30 @@ def _report(
         "template": chat.template_name,
         "notes": chat.notes,
     }
+
+
+def _task_grid(made: dict[PartName, Made], facts: Facts) -> dict[str, Any] | None:
+    """Counts, tokens and lengths of every task and sub-task in every part; None where no sample has a task."""
+    if not facts.told:
+        return None
+    grid = []
+    for number, label in enumerate(facts.tasks.labels):
+        line: dict[str, Any] = {"task": label[0], "subtask": label[1] if len(label) > 1 else "", "number": number}
+        for name in PARTS:
+            part = made[name]
+            of_rows = np.repeat(np.array([facts.task_of[at] for at in part.order], np.int32), part.rows_of_order)
+            mine = of_rows == number
+            lengths = part.lengths[mine]
+            line[name] = {
+                "samples": sum(facts.task_of[at] == number for at in part.samples),
+                "rows": int(mine.sum()),
+                "tokens": int(lengths.sum()),
+                "supervised": int(part.supervised[mine].sum()),
+                "median": int(np.median(lengths)) if len(lengths) else 0,
+            }
+        grid.append(line)
+    grid.sort(key=lambda line: (line["task"], line["subtask"]))
+    return {"grid": grid, "came_from": {what: n for what, n in facts.tasks.came_from.items() if n}}
 
 
 def _unknown_id(chat: Chat) -> int | None:
@@ -546,6 +786,22 @@ def _histogram(lengths: np.ndarray, limit: int, bins: int = 16) -> list[list[int
     width = -(-limit // bins)
     counts = np.bincount(np.minimum((lengths[lengths > 0] - 1) // width, bins - 1), minlength=bins)
     return [[b * width + 1, min((b + 1) * width, limit), int(counts[b])] for b in range(bins)]
+
+
+def _spread(lengths: np.ndarray) -> dict[str, Any]:
+    """Median, 95th percentile, longest, and a histogram over doublings: [[from, to, samples], ...]."""
+    if not len(lengths):
+        return {"median": 0, "high": 0, "longest": 0, "histogram": []}
+    edges = [0, 8]
+    while edges[-1] <= lengths.max():
+        edges.append(2 * edges[-1])
+    counts, _ = np.histogram(lengths, edges)
+    return {
+        "median": int(np.median(lengths)),
+        "high": int(np.quantile(lengths, 0.95, method="higher")),
+        "longest": int(lengths.max()),
+        "histogram": [[a, b - 1, int(n)] for a, b, n in zip(edges, edges[1:], counts, strict=False)],
+    }
 
 
 def _nothing_to_train(report: dict[str, Any], run: RunDir) -> DataError:

@@ -1,7 +1,7 @@
 """Samples on their way through the stages: on disk as JSON lines, in memory only what the stages decide by.
 
-A million rows of a kilobyte are a gigabyte of text and several of Python objects; here they are the gigabyte on disk and
-about a hundred bytes each in memory.
+A million rows of a kilobyte are a gigabyte of text and several of Python objects; here they are the gigabyte on
+disk and about a hundred bytes each in memory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import mmap
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -64,6 +65,8 @@ class Rows:
     def written(self) -> None:
         """To be called after the last `add` and before the first read."""
         self._file.flush()
+        if self._map is not None:
+            self._map.close()
         if self._ends:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -99,6 +102,23 @@ class Rows:
 
     def sample(self, at: int) -> Sample:
         return from_row(json.loads(self.line(at)))
+
+    def prompt(self, at: int) -> str:
+        """What stands before the first answer; of a plain text the whole."""
+        row = json.loads(self.line(at))
+        if "text" in row:
+            return row["text"]
+        turns = row["messages"] if "messages" in row else row["prompt"]
+        asked = takewhile(lambda turn: turn["role"] != "assistant", turns)
+        return "\n".join(turn["content"] for turn in asked)
+
+    def whole(self, at: int) -> str:
+        """Everything that is said."""
+        row = json.loads(self.line(at))
+        if "text" in row:
+            return row["text"]
+        turns = row["messages"] if "messages" in row else [*row["prompt"], row["chosen"], row["rejected"]]
+        return "\n".join(turn["content"] for turn in turns)
 
     def samples(self, numbers: Iterable[int]) -> Iterator[Sample]:
         return (self.sample(int(at)) for at in numbers)

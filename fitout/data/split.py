@@ -167,7 +167,7 @@ def times_seen(weights: np.ndarray, names: Sequence[str], seed: int) -> np.ndarr
     times = np.ones(len(weights), np.int64)
     for weight in np.unique(weights):
         rows = np.flatnonzero(weights == weight)
-        times[rows] = spread(max(1, round(len(rows) * float(weight))), [names[at] for at in rows], seed)
+        times[rows] = spread(max(1, round(len(rows) * float(weight))), [names[int(at)] for at in rows], seed)
     return times
 
 
