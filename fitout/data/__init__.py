@@ -15,6 +15,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Part = Literal["train", "validation", "test"]
+Fix = Literal["off", "report", "fix"]
+Drop = Literal["off", "report", "drop"]
+Kind = Literal["email", "phone", "card", "iban", "id"]
 
 #: hf://owner/name, hf://owner/name/config, either with :split (train when absent); ms:// is the same on ModelScope.
 HUB_ID = re.compile(
@@ -139,10 +142,16 @@ class DeduplicateSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     exact: bool = True
-    near: Literal["off", "report", "drop"] = "report"
+    near: Drop = "report"
     similarity: float = Field(default=0.8, ge=0.5, le=1)
     keep: str = Field(default="longest", min_length=1)
     meaning: MeaningSettings | None = None
+
+    @field_validator("near", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: object) -> object:
+        """YAML 1.1 reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 class BenchmarkSettings(BaseModel):
@@ -157,6 +166,72 @@ class BenchmarkSettings(BaseModel):
     files: list[str] = Field(min_length=1)
     action: Literal["report", "drop"] = "drop"
     overlap: float = Field(default=0.7, ge=0.4, le=1)
+
+
+class PersonalSettings(BaseModel):
+    """Personal data in any turn: `off`, only `report` (counted), `mask` ([EMAIL], [PHONE], ...) or `drop` the sample.
+
+    kinds    e-mail addresses, telephone numbers, payment cards, bank accounts, identity numbers; the last three only
+             where the check digits are right
+    regions  countries (US, CN, ...) whose telephone numbers are also found without their international prefix
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: Literal["off", "report", "mask", "drop"] = "report"
+    kinds: list[Kind] = ["email", "phone", "card", "iban", "id"]
+    regions: list[str] = []
+
+    @field_validator("regions")
+    @classmethod
+    def _known(cls, regions: list[str]) -> list[str]:
+        from phonenumbers import SUPPORTED_REGIONS
+
+        unknown = sorted(set(regions) - set(SUPPORTED_REGIONS))
+        if unknown:
+            raise ValueError(f"unknown country {unknown[0]!r}; two capital letters, as in US, CN, DE")
+        return regions
+
+
+class CleanSettings(BaseModel):
+    """Rules over single samples, each counted and shown with examples. What changes text by default is only damage.
+
+    end_markers         literal <|endoftext|> and the like at the end of an answer
+    control_characters  NUL, escape and others that no text means; byte order marks inside a text
+    mojibake            text that was decoded wrongly (ftfy)
+    unicode             letters whose accents are stored apart (not NFC)
+    html                tags and entities left in a text that does not speak of HTML
+    refusals            boilerplate such as "As an AI language model"
+    copied              answers that only repeat the question
+    language            answers in another language than their question, or than `languages` where it is given
+    personal            personal data; `personal: mask` for short
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    end_markers: Fix = "fix"
+    control_characters: Fix = "fix"
+    mojibake: Fix = "fix"
+    unicode: Fix = "report"
+    html: Fix = "report"
+    refusals: Drop = "report"
+    copied: Drop = "report"
+    language: Drop = "report"
+    languages: list[str] = []
+    personal: PersonalSettings = PersonalSettings()
+
+    @field_validator("end_markers", "control_characters", "mojibake", "unicode", "html", "refusals", "copied",
+                     "language", mode="before")  # fmt: skip
+    @classmethod
+    def _yaml_switch(cls, value: object) -> object:
+        """YAML 1.1 reads a bare `off` as false."""
+        return "off" if value is False else value
+
+    @field_validator("personal", mode="before")
+    @classmethod
+    def _short(cls, value: object) -> object:
+        value = "off" if value is False else value
+        return {"action": value} if isinstance(value, str) else value
 
 
 class TaskRule(BaseModel):
@@ -272,6 +347,7 @@ class DataSettings(BaseModel):
                  its own keeps the parts the same while train.seed changes
     max_length   tokens a sample may have; `too_long` says what happens to longer ones
     packing      several samples to a forward pass, each attending only to itself
+    clean        what is looked for in single samples, and what happens to it
     deduplicate  rows that say what another row says (counted, and named in the report); false for none of it
     benchmarks   files whose questions must not stand in the training rows
     tasks        what each sample is an exercise in
@@ -287,6 +363,7 @@ class DataSettings(BaseModel):
     max_length: int = Field(default=1024, ge=8)
     too_long: Literal["drop", "truncate", "error"] = "drop"
     packing: bool = True
+    clean: CleanSettings = CleanSettings()
     deduplicate: DeduplicateSettings = DeduplicateSettings()
     benchmarks: BenchmarkSettings | None = None
     tasks: TaskSettings = TaskSettings()

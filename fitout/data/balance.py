@@ -23,9 +23,9 @@ def cap_classes(
     """(n,) `times` with 0 for what is beyond the cap of its class; seed and name choose who stays."""
     result = times.copy()
     members: dict[Any, list[int]] = {}
-    for at in np.flatnonzero(times):
+    for at in np.flatnonzero(times).tolist():
         if classes[at] in most:
-            members.setdefault(classes[at], []).append(int(at))
+            members.setdefault(classes[at], []).append(at)
     for label, rows in members.items():
         if len(rows) > most[label]:
             result[rows] = spread(most[label], [names[at] for at in rows], seed)
@@ -40,7 +40,7 @@ def distribute(
     By dropping: as many as the scarcest class allows. By repeating: as many as the commonest has, but no sample more
     than MOST times. Classes that the settings do not name, and those without samples, are left alone.
     """
-    here = Counter(classes[at] for at in np.flatnonzero(times))
+    here = Counter(classes[at] for at in np.flatnonzero(times).tolist())
     wanted = dict.fromkeys(here, 1.0) if settings.to == "equal" else dict(settings.to or {})
     shares = {label: share for label, share in wanted.items() if here.get(label)}
     dropped = [label for label, share in shares.items() if share == 0]
@@ -53,9 +53,9 @@ def distribute(
         scale = min(max(sizes), MOST * min(sizes))
     result = times.copy()
     for label in dropped:
-        result[[at for at in np.flatnonzero(times) if classes[at] == label]] = 0
+        result[[at for at in np.flatnonzero(times).tolist() if classes[at] == label]] = 0
     for label, share in shares.items():
-        rows = [int(at) for at in np.flatnonzero(times) if classes[at] == label]
+        rows = [at for at in np.flatnonzero(times).tolist() if classes[at] == label]
         total = min(round(scale * share), len(rows)) if settings.how == "drop" else round(scale * share)
         result[rows] = times[rows] * spread(max(1, total), [names[at] for at in rows], seed)
     return result
@@ -65,7 +65,7 @@ def weigh(times: np.ndarray, weights: np.ndarray, names: Sequence[str], seed: in
     """(n,) `times` multiplied by what the samples weigh."""
     here = np.flatnonzero(times)
     result = times.copy()
-    result[here] = times[here] * times_seen(weights[here], [names[at] for at in here], seed)
+    result[here] = times[here] * times_seen(weights[here], [names[at] for at in here.tolist()], seed)
     return result
 
 
@@ -87,7 +87,7 @@ def give_shares(
         whole, taken = float(times.sum()), taken or 1.0
         shares = {source: shares[source] / taken for source in shared}
     for source, rows in shared.items():
-        result[rows] = spread(max(1, round(whole * shares[source])), [names[at] for at in rows], seed)
+        result[rows] = spread(max(1, round(whole * shares[source])), [names[at] for at in rows.tolist()], seed)
     return result
 
 

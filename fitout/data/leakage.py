@@ -27,7 +27,7 @@ class Index:
         hashes, owner, weight = [], [], []
         for at, one in enumerate(self.texts):
             rare = np.argsort(-one.weights, kind="stable")
-            enough = np.searchsorted(np.cumsum(one.weights[rare]), (1 - REST) * one.total) + 1
+            enough = int(np.searchsorted(np.cumsum(one.weights[rare]), (1 - REST) * one.total)) + 1
             hashes.append(one.hashes[rare[:enough]])
             owner.append(np.full(min(enough, len(rare)), at, np.int32))
             weight.append(one.weights[rare[:enough]])

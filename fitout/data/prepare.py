@@ -28,7 +28,7 @@ from ..rundir import RunDir
 from . import BalanceSettings, DataSettings, SourceSettings
 from . import Part as PartName
 from .balance import cap_classes, distribute, give_shares, length_classes, weigh
-from .clean import control_tokens, only_markers, strip_end_markers
+from .clean import FAULTS, NAMES, Cleaner, control_tokens, only_markers
 from .content import digest, opening, phrasing
 from .formats import Format, Refused, choose, convert
 from .ledger import Ledger, Stage
@@ -212,6 +212,7 @@ class Facts:
 def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work, rows: Rows) -> Facts:
     """Every sample of the sources, cleaned, into `rows`; what is none goes to quarantine."""
     facts = Facts(Tasks(settings.tasks))
+    cleaner = Cleaner(settings.clean, chat.control)
     reading, converting, cleaning = (work.ledger.begin(name, 0) for name in ("read", "convert", "clean"))
     started = time.perf_counter()
     for number, source in enumerate(settings.sources):
@@ -219,7 +220,7 @@ def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work,
         before = (reading.came + converting.made.total(), reading.quarantined.total() + converting.quarantined.total())
         for sample in _converted(source, plug, reading, converting, work):
             _require_kind(sample, wants, source, plug.name)
-            cleaned = _cleaned(sample, chat, cleaning, work)
+            cleaned = _cleaned(sample, cleaner, cleaning, work)
             if cleaned is None:
                 continue
             rows.add(cleaned)
@@ -244,6 +245,7 @@ def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work,
     rows.written()
     converting.came, cleaning.left = reading.left, len(rows)
     cleaning.came = converting.left
+    work.facts["cleaning"], work.details["cleaning"] = cleaner.report(), dict(cleaner.examples)
     cleaning.seconds = time.perf_counter() - started
     if settings.tasks.suggest:
         work.facts["suggested"] = _suggest_tasks(rows, facts)
@@ -352,24 +354,29 @@ def _require_kind(sample: Sample, wants: str, source: SourceSettings, name: str)
         )
 
 
-def _cleaned(sample: Sample, chat: Chat, stage: Stage, work: _Work) -> Sample | None:
-    """Literal end markers after an answer are stripped; text that still spells a control token is quarantined."""
-    cleaned, stripped = strip_end_markers(sample, chat.control)
-    reason = only_markers(cleaned) or control_tokens(cleaned, chat.control)
+def _cleaned(sample: Sample, cleaner: Cleaner, stage: Stage, work: _Work) -> Sample | None:
+    """A sample after the rules; one that a rule takes out is removed, one whose text spells a control token of the
+    tokenizer, or that has no answer left, is quarantined."""
+    control = cleaner.control
+    cleaned, changed, out = cleaner.clean(sample)
+    if out:
+        work.remove(stage, sample.origin, FAULTS[out[0]], out[1])
+        return None
+    reason = only_markers(cleaned) or control_tokens(cleaned, control)
     if reason:
         raw = as_row(sample)
         repair = work.repairs.get(identity(sample.origin, raw))
         again = next(readmitted(repair, sample.origin, _NO_FORMAT, None)) if repair else None
-        if again is None or isinstance(again, Refused) or control_tokens(again, chat.control) or only_markers(again):
-            suggestion = without_control(cleaned, chat.control)
+        if again is None or isinstance(again, Refused) or control_tokens(again, control) or only_markers(again):
+            suggestion = without_control(cleaned, control)
             work.reject(
                 stage, sample.origin, reason, raw, rule=rule_of(reason), form="sample", repair=suggestion
             )  # fmt: skip
             return None
         stage.changed["accepted repair"] += 1
         return again
-    if stripped:
-        stage.changed["end marker stripped"] += 1
+    for key in changed:
+        stage.changed[NAMES[key]] += 1
     return cleaned
 
 
@@ -423,7 +430,7 @@ def _split(
         held_out = {name: parts[name] for name in HELD_OUT if len(parts[name])}
         if twins.weights is not None and held_out and len(parts["train"]):
             too_near, figures, pairs = certify_split(
-                rows, parts["train"], {**held_out}, twins.weights, settings.deduplicate.similarity
+                rows, parts["train"], held_out, twins.weights, settings.deduplicate.similarity
             )
             remove = work.remover(stage, rows)
             for at in sorted(too_near):

@@ -26,7 +26,7 @@ from .rows import as_row, from_row
 
 #: What a reason of a format means, in the words the report groups by; the first that is found in the reason.
 RULES = (
-    (r"the answer is empty|only an end marker", "empty answer"),
+    (r"the answer is empty|only an end marker|empty once", "empty answer"),
     (r"the user says nothing", "empty question"),
     (r"is due$|not the first$|tool calls|without tool calls", "role order"),
     (r"nothing answers it|no turns|is empty$", "no answer"),

@@ -68,8 +68,8 @@ class Tasks:
             return parsed(f"{task} / {rest}" if rest else task)
         if isinstance(field, str):
             return parsed(look_up(sample.meta, field))
-        task, below = (parsed(look_up(sample.meta, name)) for name in field)
-        return (*task[:1], *below[:1])
+        above, below = (parsed(look_up(sample.meta, name)) for name in field)
+        return (*above[:1], *below[:1])
 
 
 def look_up(meta: dict[str, Any], field: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def _questions(path: str) -> list[tuple[str, Origin]]:
 
 
 def certify_split(
-    rows: Rows, training: np.ndarray, held_out: dict[str, np.ndarray], weights: Weights, similarity: float
+    rows: Rows, training: np.ndarray, held_out: Mapping[Any, np.ndarray], weights: Weights, similarity: float
 ) -> tuple[set[int], dict[str, Any], list[dict[str, Any]]]:
     """(training samples too near to a held-out one, figures, nearest pairs to show)."""
     chosen = {part: _some(rows, numbers) for part, numbers in held_out.items()}
@@ -237,7 +237,8 @@ def _some(rows: Rows, numbers: np.ndarray) -> np.ndarray:
     """All of a part, or as many of a large one as are compared, chosen by content."""
     if len(numbers) <= CERTIFIED:
         return numbers
-    return np.array(sorted(numbers, key=lambda at: digest(rows.prompts[at].hex()))[:CERTIFIED])
+    keys = rows.prompts
+    return np.array(sorted(numbers, key=lambda at: digest(bytes(keys[at]).hex()))[:CERTIFIED])
 
 
 def _histogram(values: Sequence[float]) -> list[list[float]]:
