@@ -1,8 +1,8 @@
-"""Files made to break an importer, each read in a process of its own: what came of it, its peak of memory, its processor time.
+"""Files made to break an importer, each read in a process of its own: what came of it, memory, processor time.
 
     python -m tests.data.hostile [CASE...]
 
-Every one must end in rows, bad rows or a DataError that names file and line, below 1 GB and 60 seconds of processor time.
+Every one must end in rows, bad rows or a DataError that names file and line, below 1 GB and 60 s of processor time.
 """
 
 from __future__ import annotations
