@@ -64,15 +64,25 @@ def _record_layouts() -> list[list[Any]]:
 
 
 def _hash(layouts: list[Any]) -> str:
+    """Reads the samples back: a sample is the way from the root to its last target, and the token predicted there."""
+    import numpy as np
+
     from .work import hash_step
 
     rows = []
     for layout in layouts:
-        trained = set((layout.target_at + 1).tolist())
-        for segment in layout.segments:
-            assert segment.parent < 0, "the audit reads whole samples; these were packed as a tree"
-            at = range(segment.start, segment.end)
-            rows.append((tuple(layout.ids[segment.start : segment.end].tolist()), tuple(i in trained for i in at)))
+        owner = np.repeat(np.arange(len(layout.segments)), [segment.length for segment in layout.segments])
+        for sample in np.unique(layout.target_sample):
+            at = np.sort(layout.target_at[layout.target_sample == sample])
+            last = layout.target_token[(layout.target_sample == sample) & (layout.target_at == at[-1])]
+            line, segment = [], int(owner[at[-1]])
+            while segment >= 0:
+                part = layout.segments[segment]
+                line = [*range(part.start, min(part.end, at[-1] + 1)), *line]
+                segment = part.parent
+            trained = {place + 1 for place in np.searchsorted(line, at).tolist()}
+            ids = (*layout.ids[line].tolist(), int(last[0]))
+            rows.append((ids, tuple(place in trained for place in range(len(ids)))))
     return hash_step(rows)
 
 

@@ -1,7 +1,10 @@
 """Which samples make each step, and the layouts they become. (seed, epoch) fixes the order; position is one integer.
 
-    rows --order(seed, epoch)--> groups --batch_size or batch_tokens--> the rows of step k
+    rows --the same prompt--> groups --order(seed, epoch)--> examples in order --batch_size or batch_tokens--> step k
     rows of step k --pack--> micro-batches under a token budget --lay_out--> Layouts
+
+What is shuffled is a group: the answers to one prompt stand together in the order, so that steps can compute their
+prompt once. A step takes `batch_size` examples in that order, wherever a group ends.
 
 Packing happens inside a step only. So the loss of a step does not depend on the budget, on the number of ranks, or on
 whether samples are packed at all.
@@ -11,12 +14,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import lru_cache
+from hashlib import blake2b
 
 import numpy as np
 
 from ..errors import RequestError
 from ..layout import Layout
-from .pack import lay_out, pack
+from .pack import MIN_SHARED, lay_out, pack
 from .store import Part
 
 
@@ -44,30 +48,32 @@ class Batches:
             )
         starts = np.flatnonzero(np.diff(part.groups, prepend=part.groups[0] - 1))
         ends = np.append(starts[1:], len(part))
-        self._group_rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]
+        self._examples = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]  # a conversation's samples
+        self._groups = _same_prompt(part, starts) if packing else [[at] for at in range(len(starts))]
         self._epoch_starts = [0]  # the first step of each epoch, as far as it was needed
 
     @lru_cache(maxsize=2)  # noqa: B019 - one object a run
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of each step of an epoch."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self._group_rows))
+        shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self._groups))
+        order = [example for group in shuffled for example in self._groups[group]]
         if self.batch_tokens is None:
-            cuts = [list(order[at : at + self.batch_size]) for at in range(0, len(order), self.batch_size)]
+            cuts = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
         else:
             cuts = self._by_tokens(order, self.batch_tokens)
-        return [np.concatenate([self._group_rows[g] for g in cut]) for cut in cuts]
+        return [np.concatenate([self._examples[at] for at in cut]) for cut in cuts]
 
-    def _by_tokens(self, order: np.ndarray, budget: int) -> list[list[int]]:
-        """Groups in order, up to `budget` tokens a step (at least one group)."""
+    def _by_tokens(self, order: list[int], budget: int) -> list[list[int]]:
+        """Examples in order, up to `budget` tokens a step (at least one example)."""
         lengths = self.part.lengths
         steps: list[list[int]] = []
         full = budget + 1
-        for group in order:
-            size = int(lengths[self._group_rows[group]].sum())
+        for example in order:
+            size = int(lengths[self._examples[example]].sum())
             if full + size > budget:
                 steps.append([])
                 full = 0
-            steps[-1].append(group)
+            steps[-1].append(example)
             full += size
         return steps
 
@@ -110,6 +116,24 @@ class Batches:
             apart += int(self.part.lengths[rows].sum())
             computed += sum(layout.tokens for layout in layouts_of(self.part, rows, budget, packing=self.packing))
         return apart, computed
+
+
+def _same_prompt(part: Part, starts: np.ndarray) -> list[list[int]]:
+    """Examples (by number; example n begins at row starts[n]) grouped by all that stands before their first trained
+    token, in order of appearance. A prompt too short to be worth sharing makes no group, and a sample that is there
+    twice (a source's weight) is in two groups, so that it is not seen twice at once."""
+    found: dict[bytes, list[int]] = {}
+    seen: dict[bytes, int] = {}
+    for example, row in enumerate(starts.tolist()):
+        ids, trained = part.ids(row), part.train_on(row)[1:]
+        length = 1 + int(trained.argmax()) if len(trained) else 0
+        key = b"%d" % example
+        if length >= MIN_SHARED:
+            whole, prompt = (blake2b(part.tobytes(), digest_size=16).digest() for part in (ids, ids[:length]))
+            seen[whole] = seen.get(whole, 0) + 1
+            key = prompt + b"%d" % seen[whole]
+        found.setdefault(key, []).append(example)
+    return list(found.values())
 
 
 def layouts_of(

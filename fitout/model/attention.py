@@ -2,8 +2,8 @@
 
 Every architecture that calls transformers' attention interface can use it: the forward passes `segments=...` through to
 each layer, no mask is made, and each document attends to itself (causally) and to the documents it continues (fully).
-On CPU this is one SDPA call a document, which does no work between documents: a dense mask over a block of 16 documents
-costs about ten times as much (measured in ../benchmarks).
+On CPU this is one call of PyTorch's kernel a segment, and one more for everything that looks back at a shared segment:
+no work between documents, no mask, no copy of a shared prefix's keys (measured in ../benchmarks).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..layout import Segment
+from . import varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,10 +57,12 @@ def packed_attention(
         segments = (Segment(0, query.shape[2]),)
     longest = max(segment.length for segment in segments)
     windowed = sliding_window is not None and longest > sliding_window
-    if query.device.type == "cpu" and not dropout and not windowed and all(s.parent < 0 for s in segments):
+    if query.device.type == "cpu" and not dropout and not windowed:
         if torch.is_autocast_enabled("cpu"):  # which casts for PyTorch's own attention, but not inside a function
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         return _Documents.apply(query, key, value, segments, scaling), None
+    if not dropout and varlen.serves(query, key, sliding_window):
+        return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
     groups = query.shape[1] // key.shape[1]
     key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
     lengths = [segment.length for segment in segments]
@@ -80,43 +83,76 @@ def packed_attention(
 
 
 class _Documents(torch.autograd.Function):
-    """Causal attention of each document in turn, on a CPU.
+    """Attention of documents and trees of them, on a CPU: each segment causally to itself, and all that continues it
+    fully to it.
 
     PyTorch's own kernels, called on slices of one block, so that nothing is split, joined or zeroed around them, and
-    shared key/value heads are repeated for one document at a time.
+    shared key/value heads are repeated for one segment at a time. What a token sees in several segments is put together
+    by the logarithms of the softmax denominators (Milakov and Gimelshein, arXiv 1805.02867); with the joint denominator
+    and output the kernel's backward gives each segment's share of the gradients.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None):
         batch, heads, length, width = query.shape
-        out = query.new_empty(batch, length, heads, value.shape[-1])
-        norms = []
+        out = query.new_empty(batch, heads, length, value.shape[-1])
+        norm = torch.empty(batch, heads, length, dtype=torch.float32)
+
+        def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
+            q = query[:, :, queries]
+            k, v = (_repeat_heads(x[:, :, keys], heads // x.shape[1]) for x in (key, value))
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
         for s in segments:
-            q, k, v = (_repeat_heads(x[:, :, s.start : s.end], heads // x.shape[1]) for x in (query, key, value))
-            part, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-            out[:, s.start : s.end] = part.transpose(1, 2)
-            norms.append(norm)
-        ctx.save_for_backward(query, key, value, out, *norms)
+            own = slice(s.start, s.end)
+            out[:, :, own], norm[:, :, own] = attend(own, own, True)
+        for s, later in _looked_back_at(segments):
+            part, part_norm = attend(later, slice(s.start, s.end), False)
+            share = torch.sigmoid(part_norm - norm[:, :, later]).unsqueeze(-1).to(out.dtype)
+            out[:, :, later].lerp_(part, share)
+            norm[:, :, later] = torch.logaddexp(norm[:, :, later], part_norm)
+        ctx.save_for_backward(query, key, value, out, norm)
         ctx.segments, ctx.scale = segments, scale
-        return out
+        return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        query, key, value, out, *norms = ctx.saved_tensors
-        grad, own, heads = grads[0].transpose(1, 2), out.transpose(1, 2), query.shape[1]
-        results = [torch.empty_like(x) for x in (query, key, value)]
-        for s, norm in zip(ctx.segments, norms, strict=True):
-            part = [x[:, :, s.start : s.end] for x in (grad, query, key, value, own)]
-            part = [_repeat_heads(x, heads // x.shape[1]) for x in part]
-            if query.dtype == torch.bfloat16 and s.length <= WIDE_BACKWARD:
+        query, key, value, out, norm = ctx.saved_tensors
+        grad, heads = grads[0].transpose(1, 2), query.shape[1]
+
+        def slopes(queries: slice, keys: slice, causal: bool) -> list[Tensor]:
+            part = [x[:, :, queries] for x in (grad, query, out)]
+            part[2:2] = [_repeat_heads(x[:, :, keys], heads // x.shape[1]) for x in (key, value)]
+            if query.dtype == torch.bfloat16 and queries.stop - queries.start <= WIDE_BACKWARD:
                 part = [x.float() for x in part]
-            slopes = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *part, norm, 0.0, True, scale=ctx.scale
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *part, norm[:, :, queries], 0.0, causal, scale=ctx.scale
             )
-            for whole, slope in zip(results, slopes, strict=True):
-                groups = heads // whole.shape[1]
-                whole[:, :, s.start : s.end] = slope.unflatten(1, (-1, groups)).sum(2) if groups > 1 else slope
+            return [
+                slope if slope.shape[1] == whole.shape[1] else slope.unflatten(1, (whole.shape[1], -1)).sum(2)
+                for whole, slope in zip((query, key, value), found, strict=True)
+            ]
+
+        results = [torch.empty_like(x) for x in (query, key, value)]
+        for s in ctx.segments:
+            own = slice(s.start, s.end)
+            for whole, slope in zip(results, slopes(own, own, True), strict=True):
+                whole[:, :, own] = slope
+        for s, later in _looked_back_at(ctx.segments):
+            seen = slice(s.start, s.end)
+            for whole, at, slope in zip(results, (later, seen, seen), slopes(later, seen, False), strict=True):
+                whole[:, :, at] += slope
         return *results, None, None
+
+
+def _looked_back_at(segments: Sequence[Segment]) -> list[tuple[Segment, slice]]:
+    """Each segment that others continue, and the tokens of all that do, which stand right behind it."""
+    behind = [0] * len(segments)
+    for index in reversed(range(len(segments))):
+        parent = segments[index].parent
+        if parent >= 0:
+            behind[parent] += segments[index].length + behind[index]
+    return [(s, slice(s.end, s.end + tokens)) for s, tokens in zip(segments, behind, strict=True) if tokens]
 
 
 def _repeat_heads(states: Tensor, groups: int) -> Tensor:

@@ -119,6 +119,35 @@ def test_every_row_once_an_epoch_and_groups_together(tmp_path):
             assert all(set(range(g * 3, min(23, g * 3 + 3))) <= set(step) for g in {r // 3 for r in step})
 
 
+def test_answers_to_one_prompt_stand_together_and_steps_are_full(tmp_path):
+    """Eleven prompts with four answers each, written prompt after prompt in turn; ten examples a step."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 97, 20) for _ in range(11)]
+    ids = [np.concatenate([prompts[i % 11], rng.integers(1, 97, 6)]).astype(np.int32) for i in range(44)]
+    train_on = [(np.arange(26) >= 20).astype(np.uint8)] * 44
+    part = part_of(tmp_path, ids, train_on)
+    batches = Batches(part, batch_size=10, seed=3)
+    steps = [batches.rows(k).tolist() for k in range(batches.steps_in_epoch(0))]
+    assert [len(step) for step in steps] == [10, 10, 10, 10, 4] and sorted(sum(steps, [])) == list(range(44))
+    in_order = [row % 11 for step in steps for row in step]
+    assert all(len(set(in_order[at : at + 4])) == 1 for at in range(0, 44, 4))
+    assert in_order != sorted(in_order)
+    apart, computed = batches.saving(5, budget=10_000)
+    prompts_a_step = [len({row % 11 for row in step}) for step in steps]
+    assert (apart, computed) == (44 * 26, 20 * sum(prompts_a_step) + 44 * 6)
+    alone = Batches(part, batch_size=10, seed=3, packing=False)
+    assert sum(len({row % 11 for row in alone.rows(k)}) for k in range(5)) > sum(prompts_a_step)
+
+
+def test_a_sample_that_is_there_twice_is_not_grouped_with_itself(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, 97, 30).astype(np.int32) for _ in range(50)] * 2
+    part = part_of(tmp_path, ids, [(np.arange(30) >= 20).astype(np.uint8)] * 100)
+    batches = Batches(part, batch_size=2)
+    together = sum(len({row % 50 for row in batches.rows(k).tolist()}) == 1 for k in range(50))
+    assert together < 10
+
+
 def test_order_depends_on_seed_and_epoch_alone(tmp_path):
     part = random_part(tmp_path, 23)
 
