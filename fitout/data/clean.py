@@ -95,17 +95,26 @@ class Cleaner:
             "unicode": composed,
             "html": without_html,
         }
+        self.actions: dict[str, str] = {
+            "end_markers": settings.end_markers,
+            "control_characters": settings.control_characters,
+            "mojibake": settings.mojibake,
+            "unicode": settings.unicode,
+            "html": settings.html,
+            "personal": settings.personal.action,
+            "refusals": settings.refusals,
+            "copied": settings.copied,
+            "language": settings.language,
+        }
         self._texts = [
-            (key, rule, getattr(settings, key) == "fix")
-            for key, rule in rules.items()
-            if getattr(settings, key) != "off"
+            (key, rule, self.actions[key] == "fix") for key, rule in rules.items() if self.actions[key] != "off"
         ]
         answers: dict[str, Callable[[Sample], str | None]] = {
             "refusals": refusal,
             "copied": copied,
             "language": lambda sample: wrong_language(sample, settings.languages),
         }
-        self._answers = [(key, rule) for key, rule in answers.items() if getattr(settings, key) != "off"]
+        self._answers = [(key, rule) for key, rule in answers.items() if self.actions[key] != "off"]
 
     def clean(self, sample: Sample) -> tuple[Sample, list[str], tuple[str, str] | None]:
         """(the sample with what is to be fixed fixed, keys of the rules that changed it, (key, reason) of the rule that
@@ -129,7 +138,7 @@ class Cleaner:
             fault = rule_of_answers(sample)
             if fault is not None:
                 self._note_fault(key, sample, fault)
-                if getattr(self.settings, key) == "drop":
+                if self.actions[key] == "drop":
                     return sample, changed, (key, fault)
         return self._personal(sample, changed)
 
@@ -173,8 +182,7 @@ class Cleaner:
     def report(self) -> list[dict[str, Any]]:
         """A line for each rule: its key, what it does, and in how many samples it found something."""
         lines = []
-        for key in (*NAMES, "refusals", "copied", "language"):
-            action = self.settings.personal.action if key == "personal" else getattr(self.settings, key)
+        for key, action in self.actions.items():
             line: dict[str, Any] = {"rule": key, "action": action, "samples": self.found[key]}
             if key == "personal":
                 line["kinds"] = dict(self.kinds)

@@ -10,6 +10,7 @@ up: what came and was made = what left + quarantined + removed by a named rule (
 
 from __future__ import annotations
 
+import json
 import time
 from array import array
 from collections import Counter, defaultdict
@@ -30,10 +31,11 @@ from . import Part as PartName
 from .balance import cap_classes, distribute, give_shares, length_classes, weigh
 from .clean import FAULTS, NAMES, Cleaner, control_tokens, only_markers
 from .content import digest, opening, phrasing
+from .diversity import SAMPLED, measure
 from .formats import Format, Refused, choose, convert
 from .ledger import Ledger, Stage
 from .page import write_page
-from .positions import CLASSES, moved, place_of
+from .positions import CLASSES, PLACES, moved, place_of
 from .readers import RawRow
 from .repair import Repair, Repairs, accepted, identity, readmitted, rule_of, suggest, without_control
 from .rows import Lines, Rows, as_row, from_row
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 PLACED = 20_000  # training samples whose key information is located, where only the report asks for it
 RENDER = 1000  # conversations rendered at a time
+EXAMPLES = 8  # training samples that the page shows
 SHOWN = 6  # quarantined rows of a rule that the page shows
 Progress = Callable[[str, int], None]  # the stage, and how many samples it has done
 
@@ -151,20 +154,38 @@ def _stages(
     parts["train"] = _augment(parts["train"], rows, facts, settings, work)
     made = _render(parts, rows, chat, settings, wants, facts, work)
     _balance(made["train"], rows, facts, settings, seed, work)
+    work.facts["diversity"] = _diversity(made["train"], rows, seed) if wants != "text" else None
     work.ledger.check()
     report = _report(settings, chat, wants, work, made, facts)
     for name in PARTS:
-        lines = Lines(run.data / f"{name}.jsonl")
-        for at in made[name].samples:
-            lines.raw(rows.line(at))
-        lines.done()
+        _write_said(run.data / f"{name}.jsonl", made[name], rows, facts, told=name == "test")
+    work.details["samples"] = _examples(made["train"], rows, facts, seed)
     work.close(keep=True)
     write_json(run.data_report, report)
     if not report["parts"]["train"]["supervised"]:
         raise _nothing_to_train(report, run)
     write_json(run.data_details, work.details)
-    write_page(run.data_page, report, work.shown)
+    write_page(run.data_page, report, work.details, work.shown)
     return report
+
+
+def _write_said(path: Path, made: Made, rows: Rows, facts: Facts, *, told: bool) -> None:
+    """The samples of a part as they were said; with `told` also what scores are grouped by, in their meta: task,
+    sub-task, position of the key information."""
+    lines = Lines(path)
+    placed = told and any(CLASSES[place] in PLACES for place in made.places)
+    for number, at in enumerate(made.samples):
+        if not told or not (facts.told or placed):
+            lines.raw(rows.line(at))
+            continue
+        row = json.loads(rows.line(at))
+        if facts.told:
+            label = facts.tasks.labels[facts.task_of[at]]
+            row["meta"] |= {"task": label[0]} | ({"subtask": named(label)} if len(label) > 1 else {})
+        if placed:
+            row["meta"]["position"] = CLASSES[made.places[number]]  # the test part has no copies
+        lines.write(row)
+    lines.done()
 
 
 def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int, run: RunDir) -> str:
@@ -772,6 +793,34 @@ def _task_grid(made: dict[PartName, Made], facts: Facts) -> dict[str, Any] | Non
         grid.append(line)
     grid.sort(key=lambda line: (line["task"], line["subtask"]))
     return {"grid": grid, "came_from": {what: n for what, n in facts.tasks.came_from.items() if n}}
+
+
+def _diversity(made: Made, rows: Rows, seed: int) -> dict[str, Any] | None:
+    """Of at most diversity.SAMPLED training prompts, chosen by seed and content."""
+    if not made.samples:
+        return None
+    numbers = made.samples
+    if len(numbers) > SAMPLED:
+        keys = rows.prompts
+        numbers = sorted(numbers, key=lambda at: digest(seed, bytes(keys[at]).hex()))[:SAMPLED]
+    return {"prompts": len(made.samples), **measure([rows.prompt(at) for at in numbers], seed)}
+
+
+def _examples(made: Made, rows: Rows, facts: Facts, seed: int) -> list[dict[str, Any]]:
+    """A few training samples to look at, chosen by seed and content."""
+    keys = rows.keys
+    chosen = sorted(
+        made.samples[:: max(1, len(made.samples) // 500)], key=lambda at: digest(seed, bytes(keys[at]).hex())
+    )
+    shown = []
+    for at in chosen[:EXAMPLES]:
+        row = json.loads(rows.line(at))
+        turns = [(m["role"], m["content"][:1500]) for m in row.get("messages", row.get("prompt", ()))]
+        if "text" in row:
+            turns = [("text", row["text"][:1500])]
+        task = named(facts.tasks.labels[facts.task_of[at]]) if facts.told else ""
+        shown.append({"where": str(rows.origin(at)), "task": task, "turns": turns})
+    return shown
 
 
 def _unknown_id(chat: Chat) -> int | None:
