@@ -51,7 +51,7 @@ class Batches:
         starts = np.flatnonzero(np.diff(part.groups, prepend=part.groups[0] - 1))
         ends = np.append(starts[1:], len(part))
         self._examples = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]  # a conversation's samples
-        self._groups = _same_prompt(part, starts) if packing else [[at] for at in range(len(starts))]
+        self._groups = _same_prompt(part, starts)  # also without packing: steps are the same ones
         self._epoch_starts = [0]  # the first step of each epoch, as far as it was needed
 
     @lru_cache(maxsize=2)  # noqa: B019 - one object a run
