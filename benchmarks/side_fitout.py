@@ -64,25 +64,27 @@ def _record_layouts() -> list[list[Any]]:
 
 
 def _hash(layouts: list[Any]) -> str:
-    """Reads the samples back: a sample is the way from the root to its last target, and the token predicted there."""
+    """Reads the samples back: a sample is the way from the root to the segment that holds its last trained token."""
     import numpy as np
 
     from .work import hash_step
 
     rows = []
     for layout in layouts:
-        owner = np.repeat(np.arange(len(layout.segments)), [segment.length for segment in layout.segments])
+        segments = layout.segments
+        owner = np.repeat(np.arange(len(segments)), [segment.length for segment in segments])
         for sample in np.unique(layout.target_sample):
-            at = np.sort(layout.target_at[layout.target_sample == sample])
-            last = layout.target_token[(layout.target_sample == sample) & (layout.target_at == at[-1])]
-            line, segment = [], int(owner[at[-1]])
-            while segment >= 0:
-                part = layout.segments[segment]
-                line = [*range(part.start, min(part.end, at[-1] + 1)), *line]
-                segment = part.parent
+            its = layout.target_sample == sample
+            at, token = layout.target_at[its], layout.target_token[its][layout.target_at[its].argmax()]
+            end = int(owner[at.max()])
+            if at.max() + 1 == segments[end].end:  # predicted at the end of a trunk: the branch that begins with it
+                [end] = [n for n, s in enumerate(segments) if s.parent == end and layout.ids[s.start] == token]
+            line: list[int] = []
+            while end >= 0:
+                line = [*range(segments[end].start, segments[end].end), *line]
+                end = segments[end].parent
             trained = {place + 1 for place in np.searchsorted(line, at).tolist()}
-            ids = (*layout.ids[line].tolist(), int(last[0]))
-            rows.append((ids, tuple(place in trained for place in range(len(ids)))))
+            rows.append((tuple(layout.ids[line].tolist()), tuple(place in trained for place in range(len(line)))))
     return hash_step(rows)
 
 

@@ -8,7 +8,7 @@ no work between documents, no mask, no copy of a shared prefix's keys (measured 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "fitout"
+NOT_COMPUTED = ("position_bias", "sinks", "indices", "block_indices")  # what some architectures hand to their attention
+UNLIKE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest logit, by rounding alone
 WIDE_BACKWARD = (
     512  # tokens; up to here the CPU's backward is faster in fp32 than in bf16, casts included (96: 3 times)
 )
@@ -40,21 +42,30 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: object,
+    s_aux: Tensor | None = None,
+    **more: object,
 ) -> tuple[Tensor, None]:
     """Attention within each segment and to its ancestors.
 
     query (1, H, T, D), key and value (1, K, T, D) with H a multiple of K; returns (1, T, H, D) as transformers expects.
-    `sliding_window` w lets a token see itself and the w - 1 tokens before it in its own document.
+    `sliding_window` w lets a token see itself and the w - 1 tokens before it in its own document; `softcap` c bounds
+    the scores to c tanh(score / c) (Gemma 2, arXiv 2408.00118); `s_aux` (H,) are attention sinks, scores that take part
+    in the softmax and lead nowhere (gpt-oss). Raises ModelError for other special attention.
     """
-    if softcap is not None:
+    special = [name for name in NOT_COMPUTED if more.get(name) is not None]
+    if special or more.get("is_causal") is False:
         raise ModelError(
-            "this model caps its attention scores (softcap), which packed attention does not compute",
-            harm="Leaving the cap out would train another model than the one that is served.",
+            f"this model's attention is special ({', '.join(special) or 'not causal'}), which packed attention is not",
+            harm="Leaving that out would train another model than the one that is served.",
             hint="Set data.packing: false for this model.",
         )
     if segments is None:
         segments = (Segment(0, query.shape[2]),)
+    if softcap is not None or s_aux is not None:
+        return _piece_by_piece(
+            query, key, value, segments, sliding_window,
+            lambda q, k, v, mask: _explicit(q, k, v, mask, scaling, softcap, s_aux, dropout),
+        )  # fmt: skip
     longest = max(segment.length for segment in segments)
     windowed = sliding_window is not None and longest > sliding_window
     if query.device.type == "cpu" and not dropout and not windowed:
@@ -63,6 +74,23 @@ def packed_attention(
         return _Documents.apply(query, key, value, segments, scaling), None
     if not dropout and varlen.serves(query, key, sliding_window):
         return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
+    return _piece_by_piece(
+        query, key, value, segments, sliding_window,
+        lambda q, k, v, mask: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        ),
+    )  # fmt: skip
+
+
+def _piece_by_piece(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[Segment],
+    window: int | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+) -> tuple[Tensor, None]:
+    """One call a segment, on the keys of its ancestors and itself; the mask is None where it is the causal one."""
     groups = query.shape[1] // key.shape[1]
     key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
     lengths = [segment.length for segment in segments]
@@ -72,14 +100,33 @@ def packed_attention(
         family = _lineage(segments, index)
         k = keys[index] if len(family) == 1 else torch.cat([keys[i] for i in family], 2)
         v = values[index] if len(family) == 1 else torch.cat([values[i] for i in family], 2)
-        windowed = sliding_window is not None and k.shape[2] > sliding_window
-        mask = _mask(segment.length, k.shape[2], sliding_window, query.device) if len(family) > 1 or windowed else None
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[index], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-            )
-        )
+        windowed = window is not None and k.shape[2] > window
+        mask = _mask(segment.length, k.shape[2], window, query.device) if len(family) > 1 or windowed else None
+        outputs.append(attend(queries[index], k, v, mask))
     return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attention written out, for what PyTorch's kernels do not compute; the scores are there all at once."""
+    scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = _mask(query.shape[2], key.shape[2], None, query.device)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], -1)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return weights[..., : key.shape[2]] @ value
 
 
 class _Documents(torch.autograd.Function):
@@ -207,6 +254,48 @@ def documents_apart(model: PreTrainedModel) -> float | None:
         return None
     moved[second] = 0
     return float(moved.max())
+
+
+@torch.no_grad()
+def unlike_own(model: PreTrainedModel, kind: str) -> float:
+    """How far one document's logits with attention `kind` are from those of the model's own attention written out
+    (`eager`), over the largest logit. An attention that drops what an architecture asks for (a cap, sinks, a bias)
+    shows here."""
+    vocab, device = model.config.get_text_config(decoder=True).vocab_size, next(model.parameters()).device
+    ids = torch.randint(vocab, (1, 40), generator=torch.Generator().manual_seed(1)).to(device)
+    training, before = model.training, model.config._attn_implementation
+    model.eval()
+    logits = []
+    try:
+        for each in ("eager", kind):
+            model.set_attn_implementation(each)
+            logits.append(model(input_ids=ids, use_cache=False).logits.float())
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+    return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why this model cannot be trained on packed documents, or None. Asks the model itself."""
+    try:
+        gap = unlike_own(model, NAME)
+        moved = documents_apart(model)
+    except ModelError as error:
+        return error.message
+    if gap > UNLIKE[model.dtype]:
+        return (
+            f"packed attention does not compute what this model's own does (logits differ by {gap:.2g} of the largest)"
+        )
+    if moved is None:
+        return "whether packed documents see each other cannot be shown (logits did not move)"
+    return f"this model carries information across packed documents (logits moved by {moved:.2g})" if moved else None
+
+
+def use_unpacked(model: PreTrainedModel) -> None:
+    """Gives the model transformers' fast attention where it computes what the model's own does, else its own."""
+    fast = getattr(model, "_supports_sdpa", False) and unlike_own(model, "sdpa") <= UNLIKE[model.dtype]
+    model.set_attn_implementation("sdpa" if fast else "eager")
 
 
 def register() -> None:

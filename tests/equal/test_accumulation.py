@@ -119,24 +119,36 @@ def test_every_row_once_an_epoch_and_groups_together(tmp_path):
             assert all(set(range(g * 3, min(23, g * 3 + 3))) <= set(step) for g in {r // 3 for r in step})
 
 
-def test_answers_to_one_prompt_stand_together_and_steps_are_full(tmp_path):
-    """Eleven prompts with four answers each, written prompt after prompt in turn; ten examples a step."""
+def test_answers_to_one_prompt_are_trained_in_one_step_and_steps_are_full(tmp_path):
+    """Eleven prompts with three answers each, written prompt after prompt in turn, and nine samples alone."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, 97, 20) for _ in range(11)]
-    ids = [np.concatenate([prompts[i % 11], rng.integers(1, 97, 6)]).astype(np.int32) for i in range(44)]
-    train_on = [(np.arange(26) >= 20).astype(np.uint8)] * 44
-    part = part_of(tmp_path, ids, train_on)
-    batches = Batches(part, batch_size=10, seed=3)
-    steps = [batches.rows(k).tolist() for k in range(batches.steps_in_epoch(0))]
-    assert [len(step) for step in steps] == [10, 10, 10, 10, 4] and sorted(sum(steps, [])) == list(range(44))
-    in_order = [row % 11 for step in steps for row in step]
-    assert all(len(set(in_order[at : at + 4])) == 1 for at in range(0, 44, 4))
-    assert in_order != sorted(in_order)
-    apart, computed = batches.saving(5, budget=10_000)
-    prompts_a_step = [len({row % 11 for row in step}) for step in steps]
-    assert (apart, computed) == (44 * 26, 20 * sum(prompts_a_step) + 44 * 6)
-    alone = Batches(part, batch_size=10, seed=3, packing=False)
-    assert sum(len({row % 11 for row in alone.rows(k)}) for k in range(5)) > sum(prompts_a_step)
+    prompts = [rng.integers(1, 97, 20) for _ in range(20)]
+    owner = [i % 11 for i in range(33)] + list(range(11, 20))
+    ids = [np.concatenate([prompts[n], rng.integers(1, 97, 6)]).astype(np.int32) for n in owner]
+    part = part_of(tmp_path, ids, [(np.arange(26) >= 20).astype(np.uint8)] * 42)
+    batches = Batches(part, batch_size=8, seed=3)
+    for epoch in (0, 1):
+        steps = [batches.rows(6 * epoch + k).tolist() for k in range(batches.steps_in_epoch(epoch))]
+        assert [len(step) for step in steps] == [8, 8, 8, 8, 8, 2] and sorted(sum(steps, [])) == list(range(42))
+        apart = sum(len({k for k, step in enumerate(steps) for row in step if owner[row] == n}) - 1 for n in range(11))
+        assert apart <= 2  # only what is left at the end of an epoch is parted
+    shuffled = [owner[row] for row in steps[0]]
+    assert shuffled != sorted(shuffled)
+    tokens, computed = batches.saving(6, budget=10_000)
+    prompts_a_step = sum(len({owner[row] for row in batches.rows(k)}) for k in range(6))
+    assert (tokens, computed) == (42 * 26, 20 * prompts_a_step + 42 * 6)
+
+
+def test_groups_larger_than_a_step_and_groups_that_leave_gaps(tmp_path):
+    for sizes in ([5] * 40, [19, 3, 1, 8, 7] * 6, [7] * 50):
+        prompts = [np.full(20, n + 1) for n in range(len(sizes))]
+        ids = [np.append(prompt, 100 + k).astype(np.int32) for prompt, n in zip(prompts, sizes, strict=True)
+               for k in range(n)]  # fmt: skip
+        part = part_of(tmp_path, ids, [(np.arange(21) >= 20).astype(np.uint8)] * len(ids))
+        batches = Batches(part, batch_size=8)
+        rows = [batches.rows(k).tolist() for k in range(batches.steps_in_epoch(0))]
+        assert sorted(sum(rows, [])) == list(range(len(ids)))
+        assert {len(step) for step in rows[:-1]} == {8} and len(rows) == -(-len(ids) // 8)
 
 
 def test_a_sample_that_is_there_twice_is_not_grouped_with_itself(tmp_path):
