@@ -18,20 +18,36 @@ from .shingles import SAMPLED, Weights, likeness, shingles
 BANDS, IN_BAND = 25, 5  # of the signature's 125 values
 BATCH = 256
 ALL_PAIRS = 24  # texts that agree in a band and are all compared with each other; of more, each with two
+LINES = 50  # at the beginning and at the end of a text that are compared by themselves
+IN_LINE = 0.6  # of a line's weight that must be found in the other text
 Text = Callable[[int], str]
 
 
 class Near:
     """Likeness among `count` texts that are read by number when they are needed."""
 
-    def __init__(self, count: int, text: Text, weights: Weights | None = None):
-        self.count, self.text = count, text
+    def __init__(self, count: int, text: Text, *, by_line: bool = False):
+        self.count, self.text, self.by_line = count, text, by_line
         step = max(1, count // SAMPLED)
-        self.weights = weights or Weights(text(at) for at in range(0, count, step))
+        self.weights = Weights(text(at) for at in range(0, count, step))
         self.weighed = lru_cache(maxsize=8192)(lambda at: self.weights.weighed(text(at)))
 
     def likeness(self, one: int, other: int) -> float:
-        return likeness(self.weighed(one), self.weighed(other))
+        """Weighted Jaccard index. With `by_line` it is 0 where a line of one has too little in the other: two
+        questions about the same long passage are not twins, alike as they are in all."""
+        value = likeness(self.weighed(one), self.weighed(other))
+        if self.by_line and value >= 0.5 and not (self._lines_in(one, other) and self._lines_in(other, one)):
+            return 0.0
+        return value
+
+    def _lines_in(self, one: int, other: int) -> bool:
+        there = self.weighed(other)
+        lines = [line for line in self.text(one).split("\n") if line.strip()]
+        for line in lines[:LINES] + lines[LINES:][-LINES:]:
+            mine = self.weights.weighed(line)
+            if mine.total > 1e-6 and mine.common(there)[0] < IN_LINE * mine.total:
+                return False
+        return True
 
     def pairs(self, threshold: float) -> Iterator[tuple[int, int, float]]:
         """Pairs of at least `threshold` likeness, enough of them to connect every cluster."""

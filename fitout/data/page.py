@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,14 @@ border-radius:2px;margin:0 .35rem 0 1rem}.key i:first-child{margin-left:0}
 .tile{border:1px solid var(--line);border-radius:.5rem;padding:.55rem .8rem}.tile b{font-size:1.35rem;display:block;
 line-height:1.25}.two{columns:2}.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1.4rem}
 table{border-collapse:collapse;width:100%;font-size:.92rem}td,th{padding:.28rem .6rem;border-bottom:1px solid var(--line);
-text-align:left;vertical-align:top;overflow-wrap:anywhere}th{font-weight:600;color:var(--soft);font-size:.82rem}
+text-align:left;vertical-align:top;overflow-wrap:break-word}th{font-weight:600;color:var(--soft);font-size:.82rem}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}tr.total td{font-weight:600}
 .scroll{overflow-x:auto}ul.look{padding-left:1.1rem;margin:.3rem 0}ul.look li{margin:.25rem 0}li.warn::marker{color:
 var(--bad);content:"▲ "}li.fine::marker{color:var(--good);content:"✓ "}li.note::marker{color:var(--one);content:"● "}
 pre,.text{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--wash);border-radius:.35rem;padding:.4rem .6rem;
 margin:.2rem 0;font:.82rem/1.45 ui-monospace,"Noto Sans Mono CJK SC",monospace;max-height:11rem;overflow:auto}
 details{margin:.3rem 0}summary{cursor:pointer}.chip{display:inline-block;border:1px solid var(--line);border-radius:1rem;
-padding:.02rem .6rem;margin:.12rem .15rem;font-size:.85rem}.bar{display:inline-block;width:9rem;height:.7rem;background:
+padding:.02rem .6rem;margin:.12rem .15rem;font-size:.85rem}td.b{white-space:nowrap;width:1%}.bar{display:inline-block;width:5.5rem;height:.7rem;background:
 var(--wash);border-radius:2px;vertical-align:middle}.bar i{display:block;height:100%;border-radius:2px}
 i.one,.one{background:var(--one);fill:var(--one)}i.two,.two-c,rect.two{background:var(--two);fill:var(--two)}
 i.three,rect.three{background:var(--three);fill:var(--three)}i.bad,rect.bad{background:var(--bad);fill:var(--bad)}
@@ -163,7 +163,7 @@ def _findings(report: dict[str, Any]) -> str:
             english += f"; {removed:,} that were have been removed"
             chinese += f"；其中 {removed:,} 个过近的已被移除"
         found.append(
-            ("fine", f"{english}. The nearest left is {nearest:.2f}.", f"{chinese}。剩余最近的为 {nearest:.2f}。")
+            ("fine", f"{english}. The nearest left is {nearest:.3f}.", f"{chinese}。剩余最近的为 {nearest:.3f}。")
         )
     for part in PARTS[1:]:
         if not report["kept"][part]:
@@ -272,9 +272,8 @@ def _tasks(report: dict[str, Any]) -> str:
     largest = max((sum(one["train"]["tokens"] for one in lines) for lines in by_task.values()), default=1) or 1
     rows = []
     for task, lines in sorted(by_task.items(), key=lambda one: -sum(line["train"]["tokens"] for line in one[1])):
-        several = len(lines) > 1 or bool(lines[0]["subtask"])
-        rows.append(_task_row(task, "", lines, total, largest))
-        if several:
+        rows.append(_task_row(task, lines[0]["subtask"] if len(lines) == 1 else "", lines, total, largest))
+        if len(lines) > 1:
             rows += [_task_row("", line["subtask"] or "-", [line], total, largest) for line in lines]
     heads = [("task", "任务"), ("sub-task", "子任务"), ("train", "训练"), ("validation", "验证"), ("test", "测试"),
              ("tokens", "token"), ("trained", "参与训练"), ("median length", "长度中位数"), ("share of tokens", "token 占比")]  # fmt: skip
@@ -401,17 +400,15 @@ def _diversity(report: dict[str, Any]) -> str:
     )
     verbs = ""
     if found["verbs"]:
-        most = found["verbs"][0]["prompts"]
         rows = [
             (
                 _html(f"<b>{escape(one['verb'])}</b>"),
-                _html(bar(one["prompts"] / most, "three")),
                 one["prompts"],
                 _html("".join(f"<span class=chip>{escape(noun)} {n}</span>" for noun, n in one["objects"])),
             )
-            for one in found["verbs"]
+            for one in found["verbs"][:8]
         ]
-        verbs = _table([("verb", "动词"), ("", ""), ("prompts", "条数"), ("objects", "宾语")], rows)
+        verbs = _table([("verb", "动词"), ("prompts", "条数"), ("objects", "宾语")], rows)
     topics = "".join(
         f"<span class=chip title='{one['size']}'><b>{one['size']:,}</b> {escape(' · '.join(one['words'][:4]))}</span>"
         for one in found["clusters"]
@@ -607,11 +604,14 @@ def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> s
     head = "".join(
         f"<th{' class=n' if n else ''}>{say(*h) if any(h) else ''}" for h, n in zip(heads, numeric, strict=True)
     )
-    cell: Callable[[Any], str] = lambda value: (  # noqa: E731
-        f"<td class=n>{value:,}"
-        if isinstance(value, int)
-        else f"<td>{value if isinstance(value, _html) else escape(str(value))}"
-    )
+
+    def cell(value: Any) -> str:
+        if isinstance(value, int):
+            return f"<td class=n>{value:,}"
+        if isinstance(value, _html):
+            return f"<td{' class=b' if value.endswith('</i></span>') else ''}>{value}"
+        return f"<td>{escape(str(value))}"
+
     lines = ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in body]
     return f"<div class=scroll><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 

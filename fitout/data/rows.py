@@ -45,8 +45,10 @@ class Rows:
         """The file is a means, not a result: it goes with the stages."""
         if self._map is not None:
             self._map.close()
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:  # closing writes what is left, and a disk may be full
+            self.path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -143,7 +145,10 @@ class Lines:
         self.staging.replace(self.path)
 
     def drop(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:
+            pass  # it is to go in any case
         self.staging.unlink(missing_ok=True)
 
 

@@ -51,6 +51,12 @@ def shingles(texts: Sequence[str]) -> Sets:
     return np.concatenate(result) if result else np.zeros(0, np.uint64), offsets
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The different values, sorted; several times as fast as np.unique on arrays as short as a text's."""
+    values = np.sort(values)
+    return values[np.concatenate([[True], values[1:] != values[:-1]])] if len(values) else values
+
+
 class Weights:
     """How much each shingle says, from the share of the rows that have it.
 
@@ -78,7 +84,7 @@ class Weights:
     def _count(batch: list[str], counts: np.ndarray) -> None:
         hashed, offsets = shingles(batch)
         for at in range(len(batch)):
-            counts[np.unique(hashed[offsets[at] : offsets[at + 1]] % np.uint64(TABLE)).astype(np.int64)] += 1
+            counts[distinct(hashed[offsets[at] : offsets[at + 1]] % np.uint64(TABLE)).astype(np.int64)] += 1
 
     def of(self, hashes: np.ndarray) -> np.ndarray:
         """(m,) float32."""
@@ -86,7 +92,7 @@ class Weights:
 
     def weighed(self, text: str) -> Weighed:
         """A text's shingles, each once."""
-        hashes = np.unique(shingles([text])[0])
+        hashes = distinct(shingles([text])[0])
         return Weighed(hashes, self.of(hashes))
 
 

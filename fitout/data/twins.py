@@ -54,7 +54,7 @@ def find_twins(rows: Rows, settings: DeduplicateSettings, held_out: np.ndarray, 
     found.groups.join_equal(rows.prompts)
     if settings.near == "off" or len(here) < 2:
         return found
-    near = Near(len(here), lambda at: rows.whole(int(here[at])))
+    near = Near(len(here), lambda at: rows.whole(int(here[at])), by_line=True)
     pairs = [(int(here[one]), int(here[other]), value) for one, other, value in near.pairs(settings.similarity)]
     by_meaning: list[tuple[int, int, float]] = []
     if settings.meaning:
