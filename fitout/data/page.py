@@ -70,7 +70,7 @@ var(--bad);content:"▲ "}li.fine::marker{color:var(--good);content:"✓ "}li.no
 pre,.text{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--wash);border-radius:.35rem;padding:.4rem .6rem;
 margin:.2rem 0;font:.82rem/1.45 ui-monospace,"Noto Sans Mono CJK SC",monospace;max-height:11rem;overflow:auto}
 details{margin:.3rem 0}summary{cursor:pointer}.chip{display:inline-block;border:1px solid var(--line);border-radius:1rem;
-padding:.02rem .6rem;margin:.12rem .15rem;font-size:.85rem}td.b{white-space:nowrap;width:1%}.bar{display:inline-block;width:5.5rem;height:.7rem;background:
+padding:.02rem .6rem;margin:.12rem .15rem;font-size:.85rem}table.fixed{table-layout:fixed}table.fixed td:first-child{width:18%;overflow-wrap:anywhere}table.pairs td:first-child{width:auto}table.pairs th:first-child{width:5.5rem}td.b{white-space:nowrap;width:1%}.bar{display:inline-block;width:5.5rem;height:.7rem;background:
 var(--wash);border-radius:2px;vertical-align:middle}.bar i{display:block;height:100%;border-radius:2px}
 i.one,.one{background:var(--one);fill:var(--one)}i.two,.two-c,rect.two{background:var(--two);fill:var(--two)}
 i.three,rect.three{background:var(--three);fill:var(--three)}i.bad,rect.bad{background:var(--bad);fill:var(--bad)}
@@ -480,7 +480,7 @@ def _leakage(report: dict[str, Any], details: dict[str, Any]) -> str:
         )
         title = say(f"The {len(pairs)} nearest pairs (✕: the training sample was removed)",
                     f"最近的 {len(pairs)} 对（✕：训练样本已移除）")  # fmt: skip
-        drawn.append(f"<details><summary>{title}</summary><table>{head}{rows}</table></details>")
+        drawn.append(f"<details><summary>{title}</summary><table class='fixed pairs'>{head}{rows}</table></details>")
     return "".join(drawn)
 
 
@@ -505,7 +505,8 @@ def _cleaning(report: dict[str, Any], details: dict[str, Any]) -> str:
     lines = report.get("cleaning")
     if not lines:
         return ""
-    drawn = []
+    drawn: list[tuple[Any, ...]] = []
+    looks: list[str] = []
     for line in lines:
         examples = details.get("cleaning", {}).get(line["rule"], ())
         shown = "".join(
@@ -513,20 +514,21 @@ def _cleaning(report: dict[str, Any], details: dict[str, Any]) -> str:
             f"<td><div class=text>{escape(one['after'])}</div></tr>"
             for one in examples
         )
-        inside = (
-            f"<details><summary>{say('examples', '示例')}</summary><table>{shown}</table></details>" if shown else ""
-        )
+        if shown:
+            title = say(*RULE_NAMES[line["rule"]])
+            looks.append(f"<details><summary>{title}</summary><table class=fixed>{shown}</table></details>")
         kinds = "".join(f"<span class=chip>{kind} {count:,}</span>" for kind, count in line.get("kinds", {}).items())
         drawn.append(
             (
                 _html(say(*RULE_NAMES[line["rule"]])),
                 line["samples"],
                 _html(say(*ACTIONS[line["action"]])),
-                _html(kinds + inside),
+                _html(kinds),
             )
         )
     heads = [("rule", "规则"), ("samples", "样本"), ("action", "处理"), ("", "")]
-    return _table(heads, drawn)
+    shown_all = f"<h3>{say('Before and after', '处理前后')}</h3>{''.join(looks)}" if looks else ""
+    return _table(heads, drawn) + shown_all
 
 
 def _quarantine(report: dict[str, Any], quarantine: list[dict[str, Any]]) -> str:
@@ -538,7 +540,7 @@ def _quarantine(report: dict[str, Any], quarantine: list[dict[str, Any]]) -> str
         shown = "".join(_quarantined(row) for row in rows)
         drawn.append(
             f"<details><summary><b>{escape(rule)}</b>: {count:,} <small>{escape('; '.join(list(report['reasons'].get(rule, ()))[:3]))}"
-            f"</small></summary><table><tr><th>{say('where', '位置')}<th>{say('why', '原因')}<th>{say('row', '行')}"
+            f"</small></summary><table class=fixed><tr><th>{say('where', '位置')}<th>{say('why', '原因')}<th>{say('row', '行')}"
             f"<th>{say('suggested repair', '建议的修复')}</tr>{shown}</table></details>"
         )
     note = say("All are in quarantine.jsonl, each with its suggested repair; `fitout data repair` lets accepted ones in again.",

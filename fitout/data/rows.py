@@ -10,6 +10,7 @@ import json
 import mmap
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -145,10 +146,8 @@ class Lines:
         self.staging.replace(self.path)
 
     def drop(self) -> None:
-        try:
+        with suppress(OSError):  # a full disk; it is to go in any case
             self._file.close()
-        except OSError:
-            pass  # it is to go in any case
         self.staging.unlink(missing_ok=True)
 
 

@@ -90,6 +90,17 @@ def test_a_template_alone_does_not_make_twins():
     assert [(one, other) for one, other, _ in near.pairs(0.8)] == [(7, 200)]
 
 
+def test_two_questions_about_one_passage_are_not_twins():
+    draw = random.Random(2)
+    passage = words(draw, 200)
+    texts = [f"{passage}\n{words(draw, 12)}?\n{words(draw, 1)}" for _ in range(5)]
+    texts += [words(draw, 200) for _ in range(200)]
+    texts.append(texts[3].replace("?", ", please?"))
+    near = Near(len(texts), texts.__getitem__, by_line=True)
+    assert [(one, other) for one, other, _ in near.pairs(0.8)] == [(3, 205)]
+    assert len(list(Near(len(texts), texts.__getitem__).pairs(0.8))) == 5
+
+
 def test_the_best_stays_and_a_chain_does_not_pull_all_after_it():
     value = {(0, 1): 0.9, (1, 2): 0.9, (0, 2): 0.5}
     like = lambda a, b: value[tuple(sorted((a, b)))]  # noqa: E731
