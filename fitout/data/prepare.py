@@ -524,7 +524,8 @@ def _render_part(
     unknown = _unknown_id(chat)
     every = 1 if name != "train" or any(b.by == "position" for b in settings.balance) else -(-len(numbers) // PLACED)
     group = 0
-    with PartWriter(made.path) as writer:
+    names = [named(label) for label in facts.tasks.labels] if facts.told else []
+    with PartWriter(made.path, names) as writer:
         for start in range(0, len(numbers), RENDER):
             batch = [rows.sample(at) for at in numbers[start : start + RENDER]]
             for at, sample, rendered in zip(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,17 @@ class PartWriter:
     """Writes one part row by row; the file stands when the block ends well, and not otherwise. Memory stays bounded by
     BATCH rows and two numbers a row: `lengths` (tokens) and `supervised` (trained tokens)."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, tasks: Sequence[str] = ()):
+        """`tasks` names the numbers that rows' tasks have."""
         self.path = path
+        self._schema = SCHEMA.with_metadata({"tasks": json.dumps(list(tasks))})
         self.lengths, self.supervised = array("i"), array("i")
         self._batch: list[tuple[int, int, Tokens]] = []
         self._open = ExitStack()
 
     def __enter__(self) -> PartWriter:
         file = self._open.enter_context(atomic_open(self.path))
-        self._writer = self._open.enter_context(ipc.new_file(file, SCHEMA))
+        self._writer = self._open.enter_context(ipc.new_file(file, self._schema))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
@@ -78,7 +82,7 @@ def write_part(path: Path, rows: Iterable[tuple[int, Tokens]]) -> int:
 def copy_rows(source: Path, target: Path, rows: np.ndarray, groups: np.ndarray) -> None:
     """Writes the given rows of a part, in that order and as often as they are named, with new groups."""
     table = Part(source).table
-    with atomic_open(target) as file, ipc.new_file(file, SCHEMA) as writer:
+    with atomic_open(target) as file, ipc.new_file(file, table.schema) as writer:
         for at in range(0, len(rows), BATCH):
             taken = table.take(rows[at : at + BATCH])
             column = SCHEMA.get_field_index("group")
@@ -129,6 +133,16 @@ class Part:
     def lengths(self) -> np.ndarray:
         """(rows,) tokens of each row."""
         return np.diff(self._offsets)
+
+    @cached_property
+    def tasks(self) -> dict[str, np.ndarray]:
+        """Names of the tasks and the rows of each; {} where the data have none."""
+        if "task" not in self.table.column_names:  # prepared by an earlier version
+            return {}
+        names = json.loads((self.table.schema.metadata or {}).get(b"tasks", b"[]"))
+        of_row = self.table["task"].to_numpy()
+        found = {name: np.flatnonzero(of_row == number) for number, name in enumerate(names)}
+        return {name: rows for name, rows in found.items() if len(rows)}
 
     @property
     def tokens(self) -> int:
