@@ -212,7 +212,7 @@ def test_text():
         (turns("user"), "the last turn is the user's; nothing answers it"),
         (turns("system"), "the last turn is the system's; nothing answers it"),
         ({"messages": []}, "no turns"),
-        ({"messages": "text"}, "`messages` is text that is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ({"messages": "text"}, "`messages` is text that is not JSON: Expecting value at column 1"),
         ({"messages": ["text"]}, "turn 1 is text, not an object"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "the role 'narrator' is not known"),
         ({"messages": [{"content": "x"}]}, "the role null is not known"),
@@ -279,11 +279,11 @@ def test_other_bad_rows_say_why(row, name, reason):
 
 def test_unknown_rows_name_keys_and_formats():
     with pytest.raises(DataError) as caught:
-        detect([{"std_answer": "a", "question": "q"}], where="eval.json")
-    assert "std_answer, question" in caught.value.message
+        detect([{"reply": "a", "question": "q"}], where="eval.json")
+    assert "reply, question" in caught.value.message
     for plug in FORMATS:
         assert f"{plug.name}: {plug.keys}" in caught.value.hint
-    assert "columns: {prompt: std_answer, completion: question}" in caught.value.hint
+    assert "columns: {prompt: reply, completion: question}" in caught.value.hint
     with pytest.raises(DataError, match="none"):
         detect([])
 
@@ -312,7 +312,7 @@ def test_most_rows_decide():
 
 def test_labelled_text_is_not_taken_for_plain_text():
     with pytest.raises(DataError):
-        detect([{"text": "Find a flight", "entities": [[0, 3, "X"]], "cats": ["flight"]}])
+        detect([{"text": "Find a flight", "annotations": [[0, 3, "X"]], "intent": "flight"}])
 
 
 # --- clean -------------------------------------------------------------------------------------------------------
