@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,6 +352,8 @@ def save_model(model: Any, folder: Path) -> None:
     """Writes a plain Hugging Face folder (config.json, generation_config.json, *.safetensors) into `folder`."""
     from safetensors import SafetensorError
 
+    if not torch.cuda.is_available():  # transformers imports DeepSpeed here, where it is installed, which guesses aloud
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     use_cache, model.config.use_cache = model.config.use_cache, True
     try:
         model.save_pretrained(folder, save_original_format=False)
