@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -150,16 +151,6 @@ def _interface(own: str) -> str | None:
 
 def _ended(failures: dict[int, Any], run: RunDir, stacks: set[Path]) -> int:
     """The exit code of ranks of which some failed. Those that were ended because of another do not count."""
-    by_time = sorted(failures.values(), key=lambda failure: (failure.exitcode == -15, failure.timestamp))
-    signalled = [failure for failure in by_time if failure.exitcode < 0 and failure.exitcode != -15]
-    if signalled:
-        first = signalled[0]
-        raise FitoutError(
-            f"rank {first.global_rank} was ended by {first.signal_name()}; the others were stopped",
-            where=str(run.path),
-            harm="The last checkpoint is complete; nothing after it was kept.",
-            hint=GO_ON + (" SIGKILL is what a machine out of memory sends." if first.exitcode == -9 else ""),
-        )
     if stacks:
         raise FitoutError(
             "a rank hung; all were ended",
@@ -167,5 +158,15 @@ def _ended(failures: dict[int, Any], run: RunDir, stacks: set[Path]) -> int:
             harm="The last checkpoint is complete; nothing after it was kept.",
             hint="The files there say what each was doing; the one that waits in no collective is the cause. " + GO_ON,
         )
-    code = by_time[0].exitcode
+    by_time = sorted(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
+    signalled = [(rank, -one.exitcode) for rank, one in by_time if one.exitcode < 0 and one.exitcode != -signal.SIGTERM]
+    if signalled:
+        rank, number = signalled[0]
+        raise FitoutError(
+            f"rank {rank} was ended by {signal.Signals(number).name}; the others were stopped",
+            where=str(run.path),
+            harm="The last checkpoint is complete; nothing after it was kept.",
+            hint=GO_ON + (" SIGKILL is what a machine out of memory sends." if number == signal.SIGKILL else ""),
+        )
+    code = by_time[0][1].exitcode
     return code if code in (1, 2, 3) else 1

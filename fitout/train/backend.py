@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -32,7 +33,7 @@ from .optim import load_state_tensors, state_tensors
 from .watch import Watch
 
 BUCKET = 25_000_000  # numbers a reduction; as DDP's default bucket of 25 MB in spirit: large enough to amortise latency
-COLLECTIVE_TIMEOUT = timedelta(hours=24)  # a rank that hangs is found by `watch`, long before
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # a rank that hangs in training is found by `watched`, long before
 
 Make = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]  # an optimizer of the trained parameters, by name
 
@@ -64,7 +65,7 @@ class Backend:
             torch.cuda.set_device(self.device)
         Backend._store, _, _ = next(dist.rendezvous("env://"))
         dist.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",  # off-loaded parts are on the CPU
             store=dist.PrefixStore("collectives", Backend._store),
             rank=self.rank,
             world_size=self.ranks,
@@ -219,17 +220,24 @@ class Backend:
 
     # life and end
 
-    def watch(self, watch: Watch | None) -> None:
-        """From here on a rank that computes nothing for long is taken as hung (see watch.py)."""
-        self._watch = watch if self.ranks > 1 else None
+    @contextmanager
+    def watched(self, folder: Path, seconds: float) -> Iterator[None]:
+        """Inside, a rank among several that computes nothing for so long is taken as hung (see watch.py)."""
+        if self.ranks == 1:
+            yield
+            return
+        self._watch = Watch(folder / f"rank-{self.rank}.txt", seconds, self.rank)
+        try:
+            yield
+        finally:
+            self._watch.close()
+            self._watch = None
 
     def alive(self) -> None:
         if self._watch:
             self._watch.beat()
 
     def close(self) -> None:
-        if self._watch:
-            self._watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

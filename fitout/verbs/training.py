@@ -45,7 +45,6 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
     from ..train.listeners import make_listeners
     from ..train.loop import Job, fit, memory_mb
     from ..train.optim import optimizer_notes
-    from ..train.watch import Watch
 
     chat = chat_of(recipe)
     parts = resolve(recipe.model.base)
@@ -137,11 +136,10 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
             precision=kind, device=str(device), hardware=hardware(), total_steps=total, ranks=backend.ranks,
             parallel=backend.kind,
         )  # fmt: skip
-    if backend.ranks > 1:
-        backend.watch(Watch(directory.stacks / f"rank-{backend.rank}.txt", recipe.train.hang_after, backend.rank))
     listeners = [*make_listeners(recipe.train.listeners, directory), *screen.listeners()]
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
-    progress = fit(job, backend, listeners, resume=resume)
+    with backend.watched(directory.stacks, recipe.train.hang_after):
+        progress = fit(job, backend, listeners, resume=resume)
     if backend.main:
         _save_trained(recipe, directory, method, model, chat)
         directory.update_status(

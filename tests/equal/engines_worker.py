@@ -19,6 +19,7 @@ from fitout.data.batches import Batches
 from fitout.errors import Stopped
 from fitout.model.fuse import fuse
 from fitout.model.load import Pending
+from fitout.model.methods import SparseSettings
 from fitout.objectives import SftSettings, create
 from fitout.train.backend import Backend
 from fitout.train.engines import open_backend
@@ -28,6 +29,8 @@ from fitout.train.loop import fit
 from fitout.train.step import train_step
 
 from .small import CPU, METHODS_UNDER_TEST, adapted, job_of, random_part, tiny_base
+
+KINDS = {**METHODS_UNDER_TEST, "sparse kept": SparseSettings(density=0.02, select="gradient")}
 
 RANK = int(os.environ.get("RANK", 0))
 TOTAL, FIRST, SECOND = 12, 4, 8  # steps; where the number of ranks changes
@@ -41,7 +44,7 @@ def backend_of(engine: str) -> Backend:
 def gradients(folder: Path, backend: Backend, kind: str) -> dict[str, torch.Tensor]:
     """The clipped gradients of a step of three samples, each a micro-batch, so that the second of two ranks has an
     empty one. Plain SGD at rate 1 makes the change of the weights the gradient itself."""
-    model, _ = adapted(METHODS_UNDER_TEST[kind])
+    model, _ = adapted(KINDS[kind])
     fuse(model)
     batches = Batches(random_part(folder, 3), batch_size=3, packing=False, share=False)
     layouts = batches.layouts(0, budget=1, rank=backend.rank, ranks=backend.ranks)
@@ -67,7 +70,7 @@ def whole(tensors) -> dict[str, torch.Tensor]:
 
 def job(folder: Path, kind: str, **settings):
     """Twelve steps; rank 0's start is what counts."""
-    model, method = adapted(METHODS_UNDER_TEST[kind], seed=5 + RANK)
+    model, method = adapted(KINDS[kind], seed=5 + RANK)
     fuse(model)
     part = random_part(folder / f"data-{RANK}", 26)
     validation = random_part(folder / f"data-{RANK}", 6, seed=9, name="validation")

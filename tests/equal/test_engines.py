@@ -45,6 +45,11 @@ def compare(folder: Path, one: Path, pair: str) -> dict[str, float]:
         assert [step for step, _ in got_log] == list(range(1, TOTAL + 1))
         assert [x for _, x in got_log] == pytest.approx([x for _, x in want_log], abs=1e-5), (pair, run)
         assert rows(place / run, "supervised_tokens") == rows(want / "whole", "supervised_tokens"), (pair, run)
+        validated = [
+            [row["validation_loss"] for row in read_jsonl(d / "log.jsonl") if row.get("event") == "evaluated"]
+            for d in (place / run, want / "whole")
+        ]
+        assert len(validated[0]) == 3 and validated[0] == pytest.approx(validated[1], abs=1e-5), (pair, run)
         for file in (f"checkpoints/step-{TOTAL}/weights", f"checkpoints/step-{TOTAL}/optimizer", saved(want)):
             name = f"{run} {file.rpartition('/')[2]}"
             largest[name] = close(place / run / f"{file}.safetensors", want / "whole" / f"{file}.safetensors")

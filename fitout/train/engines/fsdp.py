@@ -63,10 +63,21 @@ class Fsdp(Divided):
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def weights(self, parameters: dict[str, nn.Parameter]) -> Mapping[str, Tensor | Pending]:
-        return {name: _pending(parameter) for name, parameter in parameters.items()}
+        return {name: self._pending(parameter) for name, parameter in parameters.items()}
 
     def moments(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> Mapping[str, Any]:
-        return {name: _pending(tensor) for name, tensor in state_tensors(optimizer, parameters).items()}
+        return {name: self._pending(tensor) for name, tensor in state_tensors(optimizer, parameters).items()}
+
+    def _pending(self, tensor: Any) -> Tensor | Pending:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        return Pending(tensor.shape, tensor.dtype, lambda: self._whole(tensor))
+
+    def _whole(self, tensor: Any) -> Tensor:
+        """The whole of a divided tensor; every rank must ask, the main one gets it on the CPU."""
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.cpu() if self.main else tensor
 
     def load_moments(
         self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
@@ -85,19 +96,7 @@ class Fsdp(Divided):
         whole = {}
         for name, parameter in model.named_parameters():
             if frozen_too or name in parameters:
-                tensor = _whole(parameter)
+                tensor = self._whole(parameter)
                 if self.main:
                     whole[name] = tensor
         replace(model, whole)
-
-
-def _whole(tensor: Any) -> Tensor:
-    """The whole of a divided tensor, on the CPU; every rank must ask."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def _pending(tensor: Any) -> Tensor | Pending:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return Pending(tensor.shape, tensor.dtype, lambda: _whole(tensor))

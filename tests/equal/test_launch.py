@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fitout.files import read_json
-from tests.equal.small import call, command, environment, losses, write_shell_recipe
+
+from .small import call, command, environment, losses, write_shell_recipe
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
