@@ -156,16 +156,19 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
 
 
 def _packs(model: Any, backend: Backend, screen: Screen) -> bool:
-    """Whether this model keeps packed documents apart; where it does not, each sample gets a forward of its own."""
-    from ..model.attention import documents_apart
+    """Whether packed attention serves this model: it computes what the model's own does and keeps documents apart.
+    Where it does not, each sample gets a forward of its own. A model without values is not asked."""
+    from ..model.attention import NAME as PACKED
+    from ..model.attention import use_unpacked, why_not_packed
 
-    apart = documents_apart(model) == 0 if backend.main or not backend.spreads else True
-    if backend.agree("packed" if apart else "plain", ("packed", "plain")) == "packed":
+    has_values = backend.main or not backend.spreads
+    why = why_not_packed(model) if has_values else None
+    if backend.agree("plain" if why else "packed", ("packed", "plain")) == "packed":
         return True
-    model.set_attn_implementation("sdpa")
-    screen.say(
-        "this model carries information across packed documents: samples are computed one by one, without packing"
-    )
+    if has_values:
+        use_unpacked(model)
+    model.set_attn_implementation(backend.agree(model.config._attn_implementation, (PACKED, "sdpa", "eager")))
+    screen.say(f"{why}: samples are computed one by one, without packing")
     return False
 
 

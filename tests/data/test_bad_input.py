@@ -79,7 +79,8 @@ def test_empty_folder_and_unknown_endings(tmp_path):
     assert "no file that can be read" in failure(folder).message
     (folder / "x.docx").write_text("x")
     assert "x.docx" in failure(folder).message
-    assert "'.zip'" in failure(tmp_path / "a.json.zip", b"PK").message
+    assert "'.rar'" in failure(tmp_path / "a.json.rar", b"Rar!").message
+    assert "not a zip archive" in failure(tmp_path / "a.json.zip", b"PK").message
 
 
 @pytest.mark.parametrize(

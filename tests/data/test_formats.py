@@ -212,7 +212,7 @@ def test_text():
         (turns("user"), "the last turn is the user's; nothing answers it"),
         (turns("system"), "the last turn is the system's; nothing answers it"),
         ({"messages": []}, "no turns"),
-        ({"messages": "text"}, "`messages` is text that is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ({"messages": "text"}, "`messages` is text that is not JSON: Expecting value at column 1"),
         ({"messages": ["text"]}, "turn 1 is text, not an object"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "the role 'narrator' is not known"),
         ({"messages": [{"content": "x"}]}, "the role null is not known"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...chat.types import Origin, Sample
-from ..readers import json_kind
+from ..readers import StrictJSON, json_kind
 
 Row = dict[str, Any]
 Columns = dict[str, str]
@@ -94,10 +94,16 @@ def parsed(value: Any, what: str) -> Any:
         return value
     if not value.strip():
         return None
+    text = value.strip()
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is text that is not JSON: {error}") from None
+        found, end, fault = StrictJSON().decode(text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"{what} is text that is not JSON: {error.msg} at column {error.colno}") from None
+    if end < len(text):
+        raise RowError(f"{what} is text that is not JSON: more text from column {end + 1}")
+    if fault:
+        raise RowError(f"{what}: {fault}")
+    return found
 
 
 def rest(row: Row, used: Iterable[str]) -> dict[str, Any]:
