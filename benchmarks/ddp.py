@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.ddp
 
-A Llama of 19 M parameters in fp32 (or --lora: 0.6 M of it trained), micro-batches of 512 tokens, four a rank and step.
+A Llama of 19 M parameters in fp32 (or --lora: 0.6 M of it trained), micro-batches of 256 tokens, two a rank and step.
 Steps of both kinds in turn; medians.
 """
 
@@ -25,7 +25,7 @@ from fitout.train.backend import Backend
 from fitout.train.engines.divided import Computed
 from tests.conftest import tiny_llama
 
-ROUNDS, MICRO_BATCHES = 7, 4
+ROUNDS, MICRO_BATCHES = 7, 2
 
 
 def model_of(lora: bool):
@@ -51,8 +51,8 @@ def main() -> None:
     backend, lora = Backend(torch.device("cpu")), "--lora" in sys.argv
     objective = create_objective(SftSettings())
     generator = np.random.default_rng(backend.rank)
-    ids = [generator.integers(1, 8192, 512).astype(np.int32) for _ in range(MICRO_BATCHES)]
-    layouts = [lay_out([one], [np.ones(512, np.uint8)], [0], share=False) for one in ids]
+    ids = [generator.integers(1, 8192, 256).astype(np.int32) for _ in range(MICRO_BATCHES)]
+    layouts = [lay_out([one], [np.ones(256, np.uint8)], [0], share=False) for one in ids]
     (total,) = backend.sum(objective.units(layouts))
     ours, theirs = model_of(lora), model_of(lora)
     wrapped = DistributedDataParallel(Computed(theirs, objective, backend.compute))
