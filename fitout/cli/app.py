@@ -41,8 +41,10 @@ def demo(out: Out = None, json: Json = False) -> None:
 @app.command()
 def init(
     data: Annotated[
-        Path | None,
-        typer.Argument(metavar="[DATA]", help="a data file or folder; without it, on a terminal, you are asked"),
+        str | None,
+        typer.Argument(
+            metavar="[DATA]", help="a data file, folder or hub id; without it, on a terminal, you are asked"
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="a folder, a hub id, or embedded:shell (default: embedded:shell)")
@@ -325,7 +327,7 @@ def doctor(
 
 @data_app.command("check")
 def data_check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="data files or folders")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="data files, folders or hub ids")],
     format: Annotated[str | None, typer.Option(help="the row format (default: detected)")] = None,
     json: Json = False,
 ) -> None:
@@ -348,6 +350,27 @@ def data_prepare(recipe: RecipeFile, changes: Changes = None, out: Out = None, j
     with open_screen(json) as screen:
         directory = verbs.prepare(load(recipe, changes), out=out, screen=screen.verbs)
         screen.show_data(directory)
+
+
+@data_app.command("repair")
+def data_repair(
+    recipe: RecipeFile,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE", help="accept the suggested repairs of this rule (again for more), or of `all`"),
+    ] = None,
+    changes: Changes = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Suggests repairs of quarantined rows and lets accepted ones in again; edit repairs.jsonl to write your own."""
+    from .. import verbs
+    from ..config import load
+    from .inspect import show_repairs
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        show_repairs(verbs.repair(load(recipe, changes), accept=accept or [], out=out, screen=screen.verbs), screen)
 
 
 @data_app.command("xray")
