@@ -136,7 +136,7 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
             precision=kind, device=str(device), hardware=hardware(), total_steps=total, ranks=backend.ranks,
             parallel=backend.kind,
         )  # fmt: skip
-    listeners = [*make_listeners(recipe.train.listeners, directory), *screen.listeners()]
+    listeners = [*make_listeners(recipe.train.listeners, directory, screen.say), *screen.listeners()]
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
     with backend.watched(directory.stacks, recipe.train.hang_after):
         progress = fit(job, backend, listeners, resume=resume)
