@@ -30,6 +30,10 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def repairs(self) -> Path:
+        return self.path / "repairs.jsonl"
+
+    @property
     def lock_file(self) -> Path:
         return self.path / ".lock"
 
@@ -53,6 +57,10 @@ class RunDir:
     @property
     def data_report(self) -> Path:
         return self.data / "report.json"
+
+    @property
+    def data_details(self) -> Path:
+        return self.data / "details.json"
 
     @property
     def data_page(self) -> Path:

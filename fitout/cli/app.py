@@ -403,6 +403,27 @@ def data_pull(
         pull(tool, project, to, rule, url, file, screen)
 
 
+@data_app.command("repair")
+def data_repair(
+    recipe: RecipeFile,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE", help="accept the suggested repairs of this rule (again for more), or of `all`"),
+    ] = None,
+    changes: Changes = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Suggests repairs of quarantined rows and lets accepted ones in again; edit repairs.jsonl to write your own."""
+    from .. import verbs
+    from ..config import load
+    from .inspect import show_repairs
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        show_repairs(verbs.repair(load(recipe, changes), accept=accept or [], out=out, screen=screen.verbs), screen)
+
+
 @data_app.command("xray")
 def data_xray(
     recipe: RecipeFile,

@@ -269,29 +269,47 @@ class _Run:
         part, at = self.job.validation, self.at
         if part is None or len(part) == 0:
             return
-        backend = self.backend
-        layouts = layouts_of(
-            part,
-            np.arange(len(part)),
-            at.budget,
-            backend.rank,
-            backend.ranks,
-            packing=self.job.batches.packing,
-            share=self.job.batches.share,
-        )
-        loss = mean_loss(self.job.model, self.job.objective, layouts, backend)
+        loss, by_task = self._validation_loss(part)
         at.validation.append([at.step, loss])
         if at.step == 0:
             at.base_loss = loss
         elif at.best_loss is None or loss < at.best_loss:
             at.best_loss, at.best_step, at.worse = loss, at.step, 0
-            self._tell("evaluated", validation_loss=loss, best=True)
+            self._tell("evaluated", validation_loss=loss, best=True, **by_task)
             self.save()
             return
         else:
             at.worse += 1
             at.stopped_early = self.job.settings.patience is not None and at.worse >= self.job.settings.patience
-        self._tell("evaluated", validation_loss=loss, best=False)
+        self._tell("evaluated", validation_loss=loss, best=False, **by_task)
+
+    def _validation_loss(self, part: Part) -> tuple[float, dict[str, Any]]:
+        """The loss over a part; and, where its rows have tasks, each task's own loss and its share of the whole."""
+        backend, objective = self.backend, self.job.objective
+        groups = part.tasks or {"": np.arange(len(part))}
+        sums: dict[str, tuple[float, float]] = {}
+        for name, rows in groups.items():
+            layouts = layouts_of(
+                part,
+                rows,
+                self.at.budget,
+                backend.rank,
+                backend.ranks,
+                packing=self.job.batches.packing,
+                share=self.job.batches.share,
+            )
+            (units,) = backend.sum(objective.units(layouts))
+            loss = mean_loss(self.job.model, objective, layouts, backend)
+            sums[name] = (loss * units if units else 0.0, units)
+        whole, units = (sum(values) for values in zip(*sums.values(), strict=True))
+        if not part.tasks:
+            return loss, {}
+        by_task = {
+            name: {"loss": summed / own, "share": summed / whole if whole else 0.0}
+            for name, (summed, own) in sums.items()
+            if own
+        }
+        return (whole / units if units else float("nan")), {"by_task": by_task}
 
     # saving
 

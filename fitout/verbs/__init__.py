@@ -5,6 +5,7 @@ run = prepare -> train -> evaluate -> merge, going on where it stopped. The step
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from .comparing import compare
 from .delivering import can_load, combine, export, merge_into_base, unmergeable
 from .evaluating import check_retention, evaluate_run
 from .planning import plan, with_method
-from .preparing import prepare_data
+from .preparing import Repaired, prepare_data, repair_data
 from .training import train_model
 from .working import Screen, chat_of, import_libraries, main_process, recipe_of, run_directory, working
 
@@ -41,6 +42,7 @@ __all__ = [
     "pull",
     "push",
     "recipe_of",
+    "repair",
     "run",
     "run_directory",
     "train",
@@ -90,6 +92,16 @@ def prepare(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | N
     with working(directory, recipe, screen):
         prepare_data(recipe, directory, chat_of(recipe), screen)
     return directory
+
+
+def repair(
+    recipe: Recipe, *, accept: Sequence[str] = (), out: str | Path | None = None, screen: Screen | None = None
+) -> Repaired:
+    """Suggests repairs of quarantined rows, and lets those that are accepted in again; `accept` names rules, or all."""
+    directory = run_directory(recipe, out)
+    screen = screen or Screen()
+    with working(directory, recipe, screen):
+        return repair_data(recipe, directory, chat_of(recipe), accept, screen)
 
 
 @dataclass(frozen=True)
