@@ -41,8 +41,10 @@ def demo(out: Out = None, json: Json = False) -> None:
 @app.command()
 def init(
     data: Annotated[
-        Path | None,
-        typer.Argument(metavar="[DATA]", help="a data file or folder; without it, on a terminal, you are asked"),
+        str | None,
+        typer.Argument(
+            metavar="[DATA]", help="a data file, folder or hub id; without it, on a terminal, you are asked"
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="a folder, a hub id, or embedded:shell (default: embedded:shell)")
@@ -325,7 +327,7 @@ def doctor(
 
 @data_app.command("check")
 def data_check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="data files or folders")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="data files, folders or hub ids")],
     format: Annotated[str | None, typer.Option(help="the row format (default: detected)")] = None,
     json: Json = False,
 ) -> None:

@@ -69,9 +69,9 @@ def run(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | None 
 def train(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, screen: Screen | None = None
 ) -> RunDir:
-    """One training run. A run directory that is there is refused without `resume`."""
+    """One training run. One that has begun training is refused without `resume`."""
     directory = run_directory(recipe, out)
-    if directory.exists() and not resume and main_process():  # the other ranks may come when it is made
+    if directory.has_training() and not resume and main_process():  # the other ranks may come when it is made
         raise RunExistsError(
             "this run exists already",
             where=str(directory.path),

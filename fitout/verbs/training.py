@@ -126,7 +126,7 @@ def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bo
         directory.update_status(
             precision=kind, device=str(device), hardware=hardware(), total_steps=total, ranks=backend.ranks
         )
-    listeners = [*make_listeners(recipe.train.listeners, directory), *screen.listeners()]
+    listeners = [*make_listeners(recipe.train.listeners, directory, screen.say), *screen.listeners()]
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
     progress = fit(job, backend, listeners, resume=resume)
     if backend.main:
