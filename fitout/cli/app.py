@@ -395,6 +395,59 @@ def data_prepare(recipe: RecipeFile, changes: Changes = None, out: Out = None, j
         screen.show_data(directory)
 
 
+Tool = Annotated[str, typer.Argument(metavar="TOOL", help="label-studio or doccano")]
+ServerUrl = Annotated[
+    str | None, typer.Option(help="the server (default: LABEL_STUDIO_URL or DOCCANO_URL, else its usual port here)")
+]
+
+
+@data_app.command("push")
+def data_push(
+    tool: Tool,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="questions, or samples whose answers are to be corrected")
+    ],
+    title: Annotated[str | None, typer.Option(help="the project's title (default: the file's name)")] = None,
+    url: ServerUrl = None,
+    format: Annotated[str | None, typer.Option(help="the row format (default: detected)")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="JSON or YAML of task labels, {task: [sub-task, ...]} (default: those of the data)"),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="doccano: answers or labels")] = "answers",
+    annotators: Annotated[int, typer.Option(min=1, help="how many are to answer each task")] = 1,
+    draft: Annotated[
+        str | None, typer.Option(metavar="RUN_MODEL_OR_URL", help="who answers first, to be corrected")
+    ] = None,
+    draft_model: Annotated[str | None, typer.Option(help="the model's name at the drafting server")] = None,
+    json: Json = False,
+) -> None:
+    """Makes a project in an annotation tool and sends it tasks; credentials come from the environment."""
+    from .annotate import push
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        push(tool, file, title, url, format, labels, kind, annotators, draft, draft_model, screen)
+
+
+@data_app.command("pull")
+def data_pull(
+    tool: Tool,
+    project: Annotated[int | None, typer.Argument(metavar="[PROJECT]", help="the project's number")] = None,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="where answers and agreement go")] = Path("annotated"),
+    rule: Annotated[str, typer.Option(help="of several answers: majority, best-rated or reviewer")] = "majority",
+    url: ServerUrl = None,
+    file: Annotated[Path | None, typer.Option(help="a Label Studio JSON export instead of a server")] = None,
+    json: Json = False,
+) -> None:
+    """Brings answers back: one for each task by a rule, with annotator, time and rating; and how far people agree."""
+    from .annotate import pull
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        pull(tool, project, to, rule, url, file, screen)
+
+
 @data_app.command("repair")
 def data_repair(
     recipe: RecipeFile,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Recipe
 from ..errors import RequestError, RunExistsError
 from ..rundir import RunDir
+from .annotating import pull, push
 from .comparing import compare
 from .delivering import can_load, combine, export, merge_into_base, unmergeable
 from .evaluating import check_retention, evaluate_run
@@ -38,6 +39,8 @@ __all__ = [
     "open_engine",
     "plan",
     "prepare",
+    "pull",
+    "push",
     "recipe_of",
     "repair",
     "run",
