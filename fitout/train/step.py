@@ -51,12 +51,11 @@ def train_step(
         filling,
     )
     summed = torch.zeros((), dtype=torch.float64, device=backend.device)  # read once, when all is computed
-    for layout in layouts:
-        if layout.supervised == 0:
+    for index, layout in enumerate(layouts):
+        if layout.supervised == 0 and not backend.joins:
             continue
-        with backend.compute():
-            loss = objective.loss(model, layout, total)
-        backend.backward(loss)
+        loss = backend.loss(model, objective, layout, total)
+        backend.backward(loss, last=index == len(layouts) - 1)
         summed += loss.detach()
     with part(OPTIMIZER):
         backend.sum_gradients(parameters)
@@ -76,9 +75,8 @@ def mean_loss(model: nn.Module, objective: Objective, layouts: Sequence[Layout],
     try:
         summed = torch.zeros((), dtype=torch.float64, device=backend.device)
         for layout in layouts:
-            if layout.supervised:
-                with backend.compute():
-                    summed += objective.loss(model, layout, 1.0)
+            if layout.supervised or backend.joins:
+                summed += backend.loss(model, objective, layout, 1.0)
         loss_sum, total = backend.sum(float(summed), objective.units(layouts))
     finally:
         model.train(training)

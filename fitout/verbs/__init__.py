@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Recipe
 from ..errors import RequestError, RunExistsError
 from ..rundir import RunDir
+from .annotating import pull, push
 from .comparing import compare
 from .delivering import can_load, combine, export, merge_into_base, unmergeable
 from .evaluating import check_retention, evaluate_run
@@ -38,6 +39,8 @@ __all__ = [
     "open_engine",
     "plan",
     "prepare",
+    "pull",
+    "push",
     "recipe_of",
     "repair",
     "run",
@@ -73,10 +76,10 @@ def train(
     profile: bool = False,
     screen: Screen | None = None,
 ) -> RunDir:
-    """One training run. A run directory that is there is refused without `resume`; with `profile` three steps are
-    timed part by part."""
+    """One training run. One that has begun training is refused without `resume`; with `profile` three steps are timed
+    part by part."""
     directory = run_directory(recipe, out)
-    if directory.exists() and not resume and main_process():  # the other ranks may come when it is made
+    if directory.has_training() and not resume and main_process():  # the other ranks may come when it is made
         raise RunExistsError(
             "this run exists already",
             where=str(directory.path),
