@@ -84,6 +84,10 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
     # results
     @property
     def adapter(self) -> Path:

@@ -22,6 +22,11 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YA
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, runs/NAME")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Out = Annotated[Path | None, typer.Option(help="the run directory (default: runs/NAME)")]
+Processes = Annotated[int, typer.Option(min=1, help="ranks on this machine; one for each GPU")]
+Nodes = Annotated[int, typer.Option(min=1, help="machines that run this same command")]
+Rendezvous = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="with --nodes: the first machine, where all meet")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of drawing")]
 
 
@@ -74,8 +79,18 @@ def init(
 
 
 @app.command()
-def run(recipe: RecipeFile, changes: Changes = None, out: Out = None, json: Json = False) -> None:
+def run(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    out: Out = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+    rendezvous: Rendezvous = None,
+    json: Json = False,
+) -> None:
     """Prepares, trains, evaluates and merges; goes on where it stopped."""
+    if processes > 1 or nodes > 1 or rendezvous:
+        _as_ranks("run", recipe, changes, out, processes, nodes, rendezvous, ["--json"] if json else [])
     from .. import verbs
     from ..config import load
     from .screen import open_screen
@@ -118,9 +133,15 @@ def train(
     changes: Changes = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that exists")] = False,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+    rendezvous: Rendezvous = None,
     json: Json = False,
 ) -> None:
     """One training run into runs/NAME."""
+    if processes > 1 or nodes > 1 or rendezvous:
+        more = (["--resume"] if resume else []) + (["--json"] if json else [])
+        _as_ranks("train", recipe, changes, out, processes, nodes, rendezvous, more)
     from .. import verbs
     from ..config import load
     from .screen import open_screen
@@ -128,6 +149,28 @@ def train(
     with open_screen(json) as screen:
         directory = verbs.train(load(recipe, changes), out=out, resume=resume, screen=screen.verbs)
         screen.show_run(directory)
+
+
+def _as_ranks(
+    verb: str,
+    recipe: Path,
+    changes: list[str] | None,
+    out: Path | None,
+    processes: int,
+    nodes: int,
+    rendezvous: str | None,
+    more: list[str],
+) -> None:
+    """The same command in several processes; ends this one with their exit code. A recipe's mistakes are told once."""
+    from ..config import load
+    from ..rundir import RunDir
+    from .launch import launch
+
+    name = load(recipe, changes).name
+    arguments = [verb, str(recipe), *(f"--set={change}" for change in changes or [])]
+    arguments += [f"--out={out}"] if out else []
+    directory = RunDir(out or Path("runs") / name)
+    raise typer.Exit(launch([*arguments, *more], directory, processes=processes, nodes=nodes, rendezvous=rendezvous))
 
 
 @app.command()
@@ -475,8 +518,12 @@ def data_xray(
 
 def main() -> None:
     """The entry point: a user's mistake ends in a short message and its exit code, never in a traceback."""
+    import os
+
     from ..errors import FitoutError
 
+    if "LOCAL_RANK" in os.environ:  # the deepspeed launcher says the local rank in an argument too
+        sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
         app(standalone_mode=True)
     except FitoutError as error:
@@ -487,11 +534,20 @@ def main() -> None:
 
 
 def _complain(error: Any) -> None:
+    import os
+
     from rich.console import Console
     from rich.text import Text
 
+    from ..errors import Stopped
+
     console = Console(stderr=True, highlight=False)
     first, *rest = error.lines()
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if isinstance(error, Stopped):  # the first rank says it
+            return
+        first = f"rank {rank}: {first}"
     console.print(Text.assemble(("error ", "bold red"), first), soft_wrap=True)
     for line in rest:
         console.print(Text("      " + line), soft_wrap=True)
