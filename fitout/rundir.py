@@ -30,6 +30,10 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def repairs(self) -> Path:
+        return self.path / "repairs.jsonl"
+
+    @property
     def lock_file(self) -> Path:
         return self.path / ".lock"
 
@@ -55,6 +59,10 @@ class RunDir:
         return self.data / "report.json"
 
     @property
+    def data_details(self) -> Path:
+        return self.data / "details.json"
+
+    @property
     def data_page(self) -> Path:
         return self.data / "report.html"
 
@@ -75,6 +83,10 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     # results
     @property

@@ -11,6 +11,7 @@ from ..files import write_text
 
 if TYPE_CHECKING:
     from ..verbs import Xray
+    from ..verbs.preparing import Repaired
     from .screen import Terminal
 
 
@@ -42,6 +43,30 @@ def check_files(files: list[str], format: str | None, screen: Terminal) -> int:
     if screen.machine:
         print(json.dumps({"errors": errors, "files": told}, ensure_ascii=False))
     return errors
+
+
+def show_repairs(done: Repaired, screen: Terminal) -> None:
+    """The rules that rows are quarantined under, what could be repaired, and how to accept it."""
+    import json
+    from dataclasses import asdict
+
+    if screen.machine:
+        print(json.dumps({**asdict(done), "path": str(done.path)}, ensure_ascii=False))
+        return
+    for rule in done.rules:
+        screen.say(
+            f"{rule['rule']}: {rule['quarantined']:,} quarantined, {rule['suggested']:,} with a suggested repair, "
+            f"{rule['accepted']:,} accepted"
+        )
+        if rule["example"]:
+            for name in ("where", "how", "before", "after"):
+                screen.say(f"  {name:<7}{rule['example'][name]}")
+    if done.admitted:
+        screen.say(f"{done.admitted:,} accepted repairs went in again")
+    waiting = sum(rule["suggested"] - rule["accepted"] for rule in done.rules)
+    if waiting > 0:
+        screen.say("accept suggestions with --accept RULE or --accept all; or one by one, in your own words, in")
+        screen.say(f"{done.path} (`accept`: true, and the row under `row`), then run this command again")
 
 
 def show_xray(view: Xray, row: int | None, rows: int, html: Path | None, screen: Terminal) -> None:
