@@ -1,4 +1,4 @@
-"""`fitout data push` and `fitout data pull`: words of the command line checked, results drawn."""
+"""`fitout data push`, `pull` and `export`: words of the command line checked, results drawn."""
 
 from __future__ import annotations
 
@@ -88,6 +88,29 @@ def draw_agreement(agreement: Mapping[str, Any], screen: Terminal) -> None:
 
 def shown(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.3f}"
+
+
+def draw_written(done: verbs.Written, screen: Terminal) -> None:
+    if screen.machine:
+        print(json.dumps({**asdict(done), "folder": str(done.folder)}, ensure_ascii=False))
+        return
+    rows = ", ".join(f"{count:,} {part}" for part, count in done.rows.items()) or "no rows"
+    left = sum(done.left_out.values())
+    screen.say(f"{done.form}: {sum(done.rows.values()) + left:,} samples = {rows} + {left:,} left out")
+    for reason, count in done.left_out.items():
+        screen.say(f"  left out {count:,}: {reason}")
+    if done.tokens:
+        tokens = ", ".join(f"{count:,} {part}" for part, count in done.tokens.items())
+        screen.say(f"tokens, counted with the tokenizer of {done.counted_with}: {tokens}; OpenAI's own differs")
+        if done.cost is not None:
+            screen.say(f"one epoch of the training part would cost {done.cost:,.2f}")
+        if done.rows.get("train", 0) < FEWEST:
+            screen.say(f"OpenAI asks for at least {FEWEST} training lines")
+    for file in done.files:
+        screen.say(f"{done.folder / file}")
+
+
+FEWEST = 10  # training lines that OpenAI takes
 
 
 def one_of(word: str, known: Sequence[str], where: str) -> str:

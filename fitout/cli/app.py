@@ -469,6 +469,34 @@ def data_repair(
         show_repairs(verbs.repair(load(recipe, changes), accept=accept or [], out=out, screen=screen.verbs), screen)
 
 
+@data_app.command("export")
+def data_export(
+    recipe: RecipeFile,
+    form: Annotated[str, typer.Option("--format", help="openai, alpaca, sharegpt, hf or label-studio")] = "openai",
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="a new folder (default: NAME-FORMAT)")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="openai: price of a million training tokens, for the cost of an epoch")
+    ] = None,
+    longest: Annotated[int, typer.Option(min=1, help="openai: tokens a line may have")] = 65_536,
+    changes: Changes = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Writes the prepared data in the form of another tool, checked by its rules; what does not fit is counted."""
+    from .. import verbs
+    from ..config import load
+    from .annotate import draw_written
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        draw_written(
+            verbs.export_data(
+                load(recipe, changes), form, to, price=price, longest=longest, out=out, screen=screen.verbs
+            ),
+            screen,
+        )
+
+
 @data_app.command("xray")
 def data_xray(
     recipe: RecipeFile,

@@ -21,6 +21,7 @@ from .planning import plan, with_method
 from .preparing import Repaired, prepare_data, repair_data
 from .training import train_model
 from .working import Screen, chat_of, import_libraries, main_process, recipe_of, run_directory, working
+from .writing import Written, export_data
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Screen",
+    "Written",
     "Xray",
     "can_load",
     "combine",
     "compare",
     "evaluate",
     "export",
+    "export_data",
     "merge",
     "open_engine",
     "plan",
