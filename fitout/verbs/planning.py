@@ -36,14 +36,15 @@ def plan(
     from dataclasses import replace
 
     from ..model.methods import METHODS, LoraSettings
-    from ..model.precision import best_device, decide
+    from ..model.precision import best_device, decide, use_threads
     from ..plan.history import past_error
     from ..plan.machine import machine
     from ..plan.planner import choose, make_plan
 
     screen = screen or Screen()
-    on = machine(device)
     shape = _shape(recipe)
+    use_threads(shape.hidden, best_device())
+    on = machine(device)
     asked = recipe.train.precision
     if asked == "auto" and on.kind == "cuda":
         asked = "bf16" if on.bf16 else "fp16"

@@ -40,7 +40,7 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
     from ..model.fuse import fuse
     from ..model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
     from ..model.methods.base import count, raise_to_fp32, trainable
-    from ..model.precision import decide
+    from ..model.precision import decide, use_threads
     from ..objectives import create
     from ..train.listeners import make_listeners
     from ..train.loop import Job, fit, memory_mb
@@ -57,8 +57,11 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
         )
     device = group.device
     kind = directory.read_status().get("precision")  # a run keeps the precision it began with
+    width = hidden_width(load_config(parts.base, **hub_source(recipe)))
+    few = use_threads(width, device)
+    if few:
+        screen.say(few)
     if kind is None:
-        width = hidden_width(load_config(parts.base, **hub_source(recipe)))
         precision = decide(recipe.train.precision, device, width=width)
         screen.say(f"computing in {precision.kind} on {device.type}: {precision.why}")
         kind = precision.kind
