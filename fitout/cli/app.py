@@ -64,6 +64,9 @@ def init(
     aim: Annotated[
         str | None, typer.Option(help="form, chat, knowledge, labels or text (default: by the look of the data)")
     ] = None,
+    peer: Annotated[
+        Path | None, typer.Option("--from", metavar="YAML", help="carry over a LLaMA-Factory or Axolotl configuration")
+    ] = None,
     to: Annotated[Path, typer.Option(help="where to write the recipe")] = Path("recipe.yaml"),
     json: Json = False,
 ) -> None:
@@ -73,6 +76,12 @@ def init(
     from .screen import open_screen
 
     refuse(to)
+    if peer is not None:
+        from .peers import write_carried
+
+        with open_screen(json) as screen:
+            screen.show_carried(write_carried(peer, to), to)
+        return
     asked = data is None and not json and on_a_terminal()
     wishes = ask(model, method, machine, aim) if asked else look(data, model, method, machine, aim)
     with open_screen(json) as screen:
