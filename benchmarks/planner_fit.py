@@ -50,6 +50,7 @@ def _case(job: dict[str, Any]) -> tuple[Any, ...]:
     from fitout.data.batches import Batches
     from fitout.data.store import Part
     from fitout.model.shape import shape_of
+    from fitout.plan.machine import machine
     from fitout.plan.planner import first_budget, setup_of
     from fitout.plan.work import work_of
 
@@ -60,7 +61,7 @@ def _case(job: dict[str, Any]) -> tuple[Any, ...]:
     batches = Batches(Part(folder / "run" / "data" / "train.arrow"), batch_size=recipe.train.batch_size)
     batches.share = False
     work = work_of(batches, budget=first_budget(recipe.train, "cpu"), epochs=1, max_steps=recipe.train.max_steps)
-    return shape, recipe.method.cost(shape), setup_of(recipe.train, recipe.train.precision, "cpu"), work
+    return shape, recipe.method.cost(shape), setup_of(recipe.train, recipe.train.precision, machine("cpu-64g")), work
 
 
 BOUNDS = {  # of the memory's constants: what they can mean
