@@ -35,7 +35,7 @@ def main() -> None:
     asked = _arguments()
     with tempfile.TemporaryDirectory(prefix="fitout-benchmark-") as name:
         folder = Path(name)
-        _child("work", folder, asked.shape, asked.precision, asked.steps)
+        _child("work", folder, asked.shape, asked.precision, asked.steps, asked.method, asked.data)
         work = json.loads((folder / "work.json").read_text())
         tuning, best = {}, asked.best
         if asked.tune:
@@ -43,7 +43,8 @@ def main() -> None:
         sides = {"fitout": None, "trl default": "", "trl best": best}
         rounds = [_round(folder, work, sides, asked.warmup, number) for number in range(asked.rounds)]
     result = {
-        "shape": asked.shape, "precision": asked.precision, "steps": asked.steps, "warmup": asked.warmup,
+        "shape": asked.shape, "method": asked.method, "data": asked.data, "precision": asked.precision,
+        "steps": asked.steps, "warmup": asked.warmup,
         "quick": asked.quick, "work": work, "trl_best": best, "tuning": tuning, "machine": _machine(), "rounds": rounds,
         "parity": {side: _parity(rounds, side, work) for side in sides if side != "fitout"},
     }  # fmt: skip
@@ -55,6 +56,8 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=("30m", "135m"), default="30m")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--data", choices=("alpaca", "gsm8k", "blocks", "shared", "pairs"), default="alpaca")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)

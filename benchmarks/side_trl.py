@@ -1,6 +1,6 @@
 """TRL's side, one process: `python -m benchmarks.side_trl FOLDER OUT OPTIONS`, with OPTIONS as `key=value,...`:
 
-per=8     examples a device batch; gradient accumulation makes a step of 16 of them
+per=8     examples a device batch; gradient accumulation makes a step of them
 recompute=1   activation checkpointing (TRL's default)
 sort=0    examples of a step sorted by length (the step's set stays the same), so that less is padding
 free=0    padding_free: a device batch flattened into one row
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .work import ALPHA, BATCH, LR, MAX_LENGTH, RANK, SEED, hash_step
+from .work import ALPHA, MAX_LENGTH, RANK, SEED, hash_step
 
 DEFAULT = {"per": "8", "recompute": "1", "sort": "0", "free": "0", "base": "fp32"}
 
@@ -25,9 +25,11 @@ DEFAULT = {"per": "8", "recompute": "1", "sort": "0", "free": "0", "base": "fp32
 def main(folder: Path, out: Path, text: str) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     options = {**DEFAULT, **dict(pair.split("=") for pair in text.split(",") if pair)}
+    batch = json.loads((folder / "work.json").read_text())["batch"]
+    options["per"] = str(min(int(options["per"]), batch))
     trainer, watch, batches = _trainer(folder, options)
     trainer.train()
-    steps = BATCH // int(options["per"])
+    steps = batch // int(options["per"])
     groups = [batches[at : at + steps] for at in range(0, len(batches), steps)][: len(watch.ends)]
     out.write_text(
         json.dumps({"ends": watch.ends, "losses": watch.losses, "peaks": watch.peaks,
@@ -68,14 +70,14 @@ def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict
         use_cpu=True,
         bf16=work["precision"] == "bf16",
         per_device_train_batch_size=per,
-        gradient_accumulation_steps=BATCH // per,
+        gradient_accumulation_steps=work["batch"] // per,
         gradient_checkpointing=options["recompute"] == "1",
         padding_free=options["free"] == "1",
         max_length=None if options["free"] == "1" else MAX_LENGTH,
         completion_only_loss=True,
         max_steps=len(steps),
         train_sampling_strategy="sequential",
-        learning_rate=LR,
+        learning_rate=work["lr"],
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         seed=SEED,
@@ -86,17 +88,17 @@ def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict
         model_init_kwargs={"dtype": {"fp32": "float32", "bf16": "bfloat16"}[options["base"]]},
     )
     watch = Stopwatch()
+    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
     trainer = SFTTrainer(
         model=str(folder / "base"),
         args=arguments,
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder / "base"),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear"
-        ),
+        peft_config=lora if work["method"] == "lora" else None,
         callbacks=[watch],
     )
-    _take_our_adapter(trainer.model, folder / "adapter")
+    if work["method"] == "lora":
+        _take_our_adapter(trainer.model, folder / "adapter")
     return trainer, watch, _record_batches(trainer)
 
 

@@ -74,33 +74,34 @@ class Lengths:
 
 def look_at_data(path: Path) -> Seen:
     """Reads every row. Raises DataError when nothing is there, the form is not known, or nothing trains on it."""
-    from ..chat.types import Conversation, Text
+    from ..chat.types import Pair, Text
     from ..data import SourceSettings
-    from ..data.formats import RowError, choose
+    from ..data.formats import Refused, choose, convert
     from ..data.sources import RawRow, probe, read
 
     source = SourceSettings(path=str(path))
     plug = choose(probe(source, Path()), where=str(path))
-    if plug.name == "preference":
-        raise DataError(
-            "these are preference pairs, and no objective trains on them yet",
-            where=str(path),
-            hint="Give questions with one answer each, or plain text.",
-        )
     samples = bad = characters = 0
     answers: Counter[str] = Counter()
     sizes = []
     for row in read(source, Path()):
-        try:
-            found = list(plug.convert(row.row, row.origin, None)) if isinstance(row, RawRow) else []
-        except RowError:
-            found = []
-        bad += not found
-        for sample in found:
+        if not isinstance(row, RawRow):
+            bad += 1
+            continue
+        for sample in convert(plug, row):
+            if isinstance(sample, Refused):
+                bad += 1
+                continue
             samples += 1
+            if isinstance(sample, Pair):
+                raise DataError(
+                    "these are preference pairs, and no objective trains on them yet",
+                    where=str(path),
+                    hint="Give questions with one answer each, or plain text.",
+                )
             if isinstance(sample, Text):
                 characters += len(sample.text)
-            elif isinstance(sample, Conversation):
+            else:
                 answer = sample.messages[-1].content
                 characters += sum(len(message.content) for message in sample.messages)
                 if samples <= LOOKED_AT:

@@ -16,7 +16,7 @@ from . import SourceSettings
 from .clean import control_tokens, only_markers, strip_end_markers
 from .content import digest, normalised, texts
 from .dedupe import exact
-from .formats import Columns, Format, RowError, choose, openai, sharegpt
+from .formats import Columns, Format, Refused, choose, convert, openai, sharegpt
 from .sources import BadRow, RawRow, list_files, probe, read
 
 Severity = Literal["error", "warning", "info"]
@@ -113,10 +113,11 @@ def converted(
     samples: list[Sample] = []
     refused = []
     for row in raw:
-        try:
-            samples += plug.convert(row.row, row.origin, columns)
-        except RowError as error:
-            refused.append((row.origin, error.reason))
+        for sample in convert(plug, row, columns):
+            if isinstance(sample, Refused):
+                refused.append((sample.origin, sample.reason))
+            else:
+                samples.append(sample)
     return samples, refused
 
 

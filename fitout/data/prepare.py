@@ -22,7 +22,7 @@ from ..rundir import RunDir
 from . import DataSettings, Part, SourceSettings
 from .clean import control_tokens, only_markers, strip_end_markers
 from .dedupe import exact
-from .formats import RowError, choose
+from .formats import Refused, choose, convert
 from .page import write_page
 from .readers import RawRow
 from .sources import list_files, probe, read
@@ -176,11 +176,12 @@ def _convert(source: SourceSettings, work: _Work) -> tuple[str, Iterator[Sample]
                 work.counts.samples += 1
                 work.reject(one.origin, one.reason, one.raw, "unreadable row")
                 continue
-            try:
-                yield from plug.convert(one.row, one.origin, source.columns)
-            except RowError as error:
-                work.counts.samples += 1
-                work.reject(one.origin, error.reason, one.row, "not a sample")
+            for sample in convert(plug, one, source.columns):
+                if isinstance(sample, Refused):
+                    work.counts.samples += 1
+                    work.reject(sample.origin, sample.reason, sample.raw, "not a sample")
+                else:
+                    yield sample
 
     return plug.name, samples()
 

@@ -15,11 +15,11 @@ from typing import Any
 from ..chat.types import Origin
 from ..errors import DataError
 from . import HUB_ID, SourceSettings
-from .readers import READERS, BadRow, RawRow, Rows, extension, plain, read_file
+from .readers import ARCHIVE, READERS, BadRow, RawRow, Rows, extension, in_archive, plain, read_file
 
 __all__ = ["BadRow", "Listing", "RawRow", "list_files", "probe", "read"]
 
-KNOWN = ", ".join(READERS) + ", each also with .gz"
+KNOWN = ", ".join(READERS) + f", each also with .gz or in a {ARCHIVE}"
 
 
 @dataclass
@@ -55,8 +55,8 @@ def probe(source: SourceSettings, base: Path, count: int = 100) -> list[dict[str
     each = -(-count // len(chosen))
     found: list[dict[str, Any]] = []
     for path, name in chosen:
-        with closing(read_file(path, name, source.encoding)) as rows:
-            found += [row.row for row in islice(rows, each) if isinstance(row, RawRow)]
+        with closing(read_file(path, name, source.encoding, each)) as rows:
+            found += [row.row for row in islice(rows, count) if isinstance(row, RawRow)]
     return found
 
 
@@ -83,12 +83,14 @@ def list_files(source: SourceSettings, base: Path) -> Listing:
         return listing
     if not path.exists():
         raise missing(path, source.path)
+    if extension(path) == ARCHIVE:
+        return Listing([(path, printable(source.path))], in_archive(path, printable(source.path)).skipped)
     if extension(path) not in READERS:
         raise DataError(
             f"files ending in {extension(path) or 'nothing'!r} are not known",
             where=source.path,
             harm="Guessing its form could read it wrongly.",
-            hint=f"Known are {KNOWN}; unpack archives, rename a file that has another ending.",
+            hint=f"Known are {KNOWN}; unpack other archives, rename a file that has another ending.",
         )
     return Listing(files=[(path, printable(source.path))])
 
@@ -110,6 +112,8 @@ def list_folder(folder: Path, name: str) -> Listing:
                 listing.skipped.append((shown(path, folder, name), reason))
             else:
                 listing.files.append((path, shown(path, folder, name)))
+                if extension(path) == ARCHIVE:
+                    listing.skipped += in_archive(path, shown(path, folder, name)).skipped
     listing.files.sort(key=lambda item: item[1])
     listing.skipped.sort()
     return listing
@@ -118,7 +122,7 @@ def list_folder(folder: Path, name: str) -> Listing:
 def reason_to_skip(path: Path) -> str:
     if path.name.startswith("."):
         return "a hidden file"
-    if extension(path) not in READERS:
+    if extension(path) not in (*READERS, ARCHIVE):
         return "an unknown ending"
     if not path.is_file():
         return "not a file"

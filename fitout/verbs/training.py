@@ -145,15 +145,15 @@ def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bo
 
 
 def _packs(model: Any, screen: Screen) -> bool:
-    """Whether this model keeps packed documents apart; where it does not, each sample gets a forward of its own."""
-    from ..model.attention import documents_apart
+    """Whether packed attention serves this model: it computes what the model's own does and keeps documents apart.
+    Where it does not, each sample gets a forward of its own."""
+    from ..model.attention import use_unpacked, why_not_packed
 
-    if documents_apart(model) == 0:
+    why = why_not_packed(model)
+    if why is None:
         return True
-    model.set_attn_implementation("sdpa")
-    screen.say(
-        "this model carries information across packed documents: samples are computed one by one, without packing"
-    )
+    use_unpacked(model)
+    screen.say(f"{why}: samples are computed one by one, without packing")
     return False
 
 
