@@ -178,7 +178,7 @@ def layer_bytes(shape: Shape, cost: Cost, setup: Setup) -> float:
         "heads": shape.heads, "one": 1,
     }  # fmt: skip
     every = sum(bytes_of[name] * width for name, width in widths.items())
-    unread = inputs_width(shape, lambda name: name not in {*cost.reads, "output"})  # which attention keeps anyway
+    unread = inputs_width(shape, lambda name: name not in cost.reads)
     return every - setup.width * unread + setup.width * cost.kept + _more_norms(shape, setup)
 
 
@@ -253,9 +253,7 @@ CALLS_AND_RATES = {
 }  # fmt: skip
 
 
-def features(
-    shape: Shape, cost: Cost, setup: Setup, step: tuple[MicroBatch, ...], speed: Speed
-) -> dict[str, float]:
+def features(shape: Shape, cost: Cost, setup: Setup, step: tuple[MicroBatch, ...], speed: Speed) -> dict[str, float]:
     """What a step's time is made of: seconds at the given rates (products, thin, attention, moving, updates), and
     counts of calls (heads of documents, documents, layers, micro-batches) that cost a time each."""
     tokens, targets = sum(b.tokens for b in step), sum(b.targets for b in step)

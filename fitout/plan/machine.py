@@ -68,7 +68,7 @@ class DataSheet:
 
 
 CARDS = {  # makers' data sheets: TFLOP/s dense with fp32 accumulation, memory as the driver shows it in GiB,
-# NVLink where the card has it
+    # NVLink where the card has it
     "t4-16g": DataSheet(15, 65e12, 8.1e12, 320e9, PCIE / 2, bf16=False),
     "v100-32g": DataSheet(32, 112e12, 14e12, 900e9, 150e9, bf16=False),
     "rtx3060-12g": DataSheet(12, 25e12, 12.7e12, 360e9),
@@ -113,7 +113,9 @@ def here() -> Machine:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         low = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Machine(torch.cuda.get_device_name(device), "cuda", free, Probe("cuda"), measured=True, bf16=low, link=PCIE)
+        return Machine(
+            torch.cuda.get_device_name(device), "cuda", free, Probe("cuda"), measured=True, bf16=low, link=PCIE
+        )
     name = f"this CPU ({torch.get_num_threads()} threads)"
     return Machine(name, "cpu", free_memory(), Probe("cpu"), True, link=LOOPBACK, resident=resident())
 

@@ -31,7 +31,6 @@ class Rehearsed(Protocol):
         """How fast a method is on the machine at hand; None where it cannot be tried."""
 
 
-
 @dataclass(frozen=True)
 class Row:
     """One way to train: `change` holds the keys to set so that it fits (empty when it fits as the recipe says, or when
@@ -124,7 +123,9 @@ def make_plan(
 ) -> Plan:
     """`costs` by method kind; `chosen` and `precision` are what the recipe means on this machine."""
     setups = list(_setups(precision, train, machine, devices))
-    rows = tuple(look(shape, costs[kind], kind, setup, train, work_at, machine, rehearsal) for kind in costs for setup in setups)
+    rows = tuple(
+        look(shape, costs[kind], kind, setup, train, work_at, machine, rehearsal) for kind in costs for setup in setups
+    )
     [own] = [row for row in rows if (row.kind, row.precision, row.stage) == (chosen, precision, 0)]
     return Plan(
         machine=machine,
@@ -197,9 +198,7 @@ def look(
     )
 
 
-def _mean_step(
-    shape: Shape, cost: Cost, setup: Setup, work: Work, machine: Machine, tempo: Steps | None
-) -> float:
+def _mean_step(shape: Shape, cost: Cost, setup: Setup, work: Work, machine: Machine, tempo: Steps | None) -> float:
     """Seconds of a step, on average over the run."""
     micro_batches = sum(len(step) for step in work.timed) / len(work.timed)
     exchange = exchange_seconds(shape, cost, setup, micro_batches, machine.link)

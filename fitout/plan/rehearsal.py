@@ -1,7 +1,7 @@
 """The rehearsal: what a micro-batch and an update cost on the machine at hand, found by doing a few.
 
-Two small models of the planned one's shape, one layer and three layers deep, in random numbers, are given the method and
-trained for some of the run's own micro-batches by the code that will train. What the second takes longer is what
+Two small models of the planned one's shape, one layer and three layers deep, in random numbers, are given the method
+and trained for some of the run's own micro-batches by the code that will train. What the second takes longer is what
 layers cost; the rest (embedding, head, calls) is there once. So nothing about the processor, about how a method is
 computed, or about numbers that a processor has no instructions for, needs a constant. No weights of the base are read.
 """
@@ -114,9 +114,7 @@ class Rehearsal:
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         return f"{self.shape.family} {self.shape.parameters / 1e6:.1f}M {kind} {setup.precision} {digest}"
 
-    def _found(
-        self, kind: str, cost: Cost, setup: Setup, samples: list[MicroBatch], depths: tuple[int, ...]
-    ) -> Tempo:
+    def _found(self, kind: str, cost: Cost, setup: Setup, samples: list[MicroBatch], depths: tuple[int, ...]) -> Tempo:
         """Forward, backward and update, each carried on from the small models' layers to all."""
         trials = [self._trial(kind, setup, samples, depth) for depth in depths]
         first, last = trials[0], trials[-1]

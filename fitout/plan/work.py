@@ -82,7 +82,9 @@ def _micro_batch(layout: Layout) -> MicroBatch:
         above = before[segment.parent] if segment.parent >= 0 else 0
         before.append(above + segment.length)
         pairs += segment.length * above + segment.length * (segment.length + 1) // 2
-    return MicroBatch(layout.tokens, layout.supervised, tuple(segment.length for segment in layout.segments), pairs, layout)
+    return MicroBatch(
+        layout.tokens, layout.supervised, tuple(segment.length for segment in layout.segments), pairs, layout
+    )
 
 
 def _different_lengths(steps: list[list[Layout]]) -> int:

@@ -212,6 +212,7 @@ def forecast_run(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: 
     """What this training will need, told before it begins. A model that the planner does not know has no forecast."""
     from ..errors import ModelError
     from ..model.methods.cost import with_embeddings
+    from ..plan import duration
     from ..plan.estimate import MB
     from ..plan.machine import here
     from ..plan.planner import advice, look, setup_of
@@ -238,6 +239,11 @@ def forecast_run(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: 
             harm="The process would be killed while loading.",
             hint="Take a smaller base model or a 4-bit base; `fitout plan` shows what fits.",
         )
+    peak = row.memory.peak if machine.kind == "cpu" else row.memory.allocated
+    screen.say(
+        f"plan: {peak / MB:,.0f} MB at the peak ({row.memory.largest} {row.memory.terms[row.memory.largest] / MB:,.0f})"
+        f", {duration(row.step_seconds)} a step, {duration(row.total_seconds)} in all"
+    )
     if not row.fits:
         for line in advice(shape, cost, row, [], recipe.train, work_at, machine):
             screen.say(f"warning: {line}")
@@ -246,8 +252,9 @@ def forecast_run(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: 
         "method": recipe.method.kind,
         "precision": precision,
         "parameters": shape.parameters,
+        "resident_mb": round(machine.resident / MB),
         "predicted": {
-            "peak_mb": round((row.memory.peak if machine.kind == "cpu" else row.memory.allocated) / MB),
+            "peak_mb": round(peak / MB),
             "step_seconds": float(f"{row.step_seconds:.4g}"),
             "rehearsed": row.rehearsed,
             "moment": row.memory.moment,
