@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,7 +147,9 @@ def compiles_bf16() -> bool:
 
 
 def threads() -> int:
-    """How many threads torch computes with, without asking it."""
+    """How many threads torch computes with, or would if it were loaded."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].get_num_threads()
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 

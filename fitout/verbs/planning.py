@@ -36,15 +36,16 @@ def plan(
     from dataclasses import replace
 
     from ..model.methods import METHODS, LoraSettings
-    from ..model.precision import best_device, decide
+    from ..model.precision import best_device, decide, use_threads
     from ..plan.history import past_error
     from ..plan.machine import machine
     from ..plan.planner import choose, make_plan
 
     screen = screen or Screen()
     import_training()
-    on = machine(device)
     shape = _shape(recipe)
+    use_threads(shape.hidden, best_device())
+    on = machine(device)
     asked = recipe.train.precision
     if asked == "auto" and on.kind == "cuda":
         asked = "bf16" if on.bf16 else "fp16"
@@ -208,7 +209,9 @@ def _sharing_pays(apart: int, computed: int) -> bool:
     return computed < 0.95 * apart
 
 
-def forecast_run(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: int, screen: Screen) -> Any:
+def forecast_run(
+    recipe: Recipe, part: Any, precision: str, grown: bool, ranks: int, screen: Screen, *, stage: int = 0
+) -> Any:
     """What this training will need, told before it begins. A model that the planner does not know has no forecast."""
     from ..errors import ModelError
     from ..model.methods.cost import with_embeddings
@@ -227,7 +230,7 @@ def forecast_run(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: 
     cost = recipe.method.cost(shape)
     cost = with_embeddings(cost, shape) if grown else cost
     work_at = _work_at(recipe, _batches(recipe, part))
-    setup = setup_of(recipe.train, precision, machine, devices=ranks)
+    setup = setup_of(recipe.train, precision, machine, devices=ranks, stage=stage)
     settings = {recipe.method.kind: recipe.method}
     rehearsal = _rehearsal(recipe, shape, settings, work_at, machine, grown=grown)
     row = look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine, rehearsal)

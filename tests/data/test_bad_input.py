@@ -249,7 +249,8 @@ def test_no_line_is_lost(lines):
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5))
 KEYS = ["role", "content", "from", "value", "tool_calls", "function_call", "train", "weight", "type", "text", "name"]
-KEYS += ["function", "arguments", "reasoning_content", "id"]
+KEYS += ["function", "arguments", "reasoning_content", "id", "replies", "rank", "result", "from_name", "choices"]
+KEYS += ["labels", "start", "end", "taxonomy", "selected", "ranker", "completed_by", "author", "solution", "is_correct"]
 WORDS = [
     "user",
     "assistant",
@@ -273,6 +274,8 @@ VALUES = st.recursive(
 )
 COLUMNS = ["instruction", "input", "output", "history", "instances", "system", "tools", "messages", "conversations"]
 COLUMNS += ["prompt", "completion", "chosen", "rejected", "text", "label", "question", "answer", "images", "functions"]
+COLUMNS += ["data", "annotations", "annotation_id", "annotator", "lead_time", "id", "entities", "relations", "cats"]
+COLUMNS += ["train", "ground_truth", "model", "filename", "goal"]
 ROWS = st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=6)
 
 

@@ -279,11 +279,11 @@ def test_other_bad_rows_say_why(row, name, reason):
 
 def test_unknown_rows_name_keys_and_formats():
     with pytest.raises(DataError) as caught:
-        detect([{"std_answer": "a", "question": "q"}], where="eval.json")
-    assert "std_answer, question" in caught.value.message
+        detect([{"reply": "a", "question": "q"}], where="eval.json")
+    assert "reply, question" in caught.value.message
     for plug in FORMATS:
         assert f"{plug.name}: {plug.keys}" in caught.value.hint
-    assert "columns: {prompt: std_answer, completion: question}" in caught.value.hint
+    assert "columns: {prompt: reply, completion: question}" in caught.value.hint
     with pytest.raises(DataError, match="none"):
         detect([])
 
@@ -312,7 +312,7 @@ def test_most_rows_decide():
 
 def test_labelled_text_is_not_taken_for_plain_text():
     with pytest.raises(DataError):
-        detect([{"text": "Find a flight", "entities": [[0, 3, "X"]], "cats": ["flight"]}])
+        detect([{"text": "Find a flight", "annotations": [[0, 3, "X"]], "intent": "flight"}])
 
 
 # --- clean -------------------------------------------------------------------------------------------------------

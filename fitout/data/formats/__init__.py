@@ -13,17 +13,39 @@ from ...chat.types import Sample
 from ...errors import DataError
 from ..readers import RawRow
 from .alpaca import Alpaca
+from .doccano import Doccano, FastText
+from .label_studio import LabelStudio, LabelStudioMin
+from .oasst import Oasst, OasstPairs
 from .openai import OpenAI
 from .plug import Columns, Format, Refused, Row, RowError, renamed
 from .preference import Preference
 from .prompt_completion import PromptCompletion
+from .published import Clinc, CrossWoz, Gsm8kSolutions
 from .sharegpt import ShareGPT
 from .text import PlainText
 
 __all__ = ["FORMATS", "Columns", "Format", "Refused", "Row", "RowError", "choose", "convert", "detect"]
 
 #: In order of how much they ask of a row; the first that fits the most rows is taken.
-FORMATS: tuple[Format, ...] = (Preference(), ShareGPT(), OpenAI(), Alpaca(), PromptCompletion(), PlainText())
+FORMATS: tuple[Format, ...] = (
+    LabelStudio(),
+    LabelStudioMin(),
+    Clinc(),
+    CrossWoz(),
+    Gsm8kSolutions(),
+    Oasst(),
+    OasstPairs(),
+    Doccano("doccano"),
+    Doccano("doccano_labels", "labels"),
+    Doccano("doccano_answers", "answers"),
+    FastText(),
+    Preference(),
+    ShareGPT(),
+    OpenAI(),
+    Alpaca(),
+    PromptCompletion(),
+    PlainText(),
+)
 
 
 def convert(plug: Format, row: RawRow, columns: Columns | None = None) -> Iterator[Sample | Refused]:

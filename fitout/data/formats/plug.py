@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...chat.types import Origin, Sample
-from ..readers import StrictJSON, json_kind
+from ..readers import StrictJSON, json_kind, too_heavy
 
 Row = dict[str, Any]
 Columns = dict[str, str]
@@ -95,6 +95,8 @@ def parsed(value: Any, what: str) -> Any:
     if not value.strip():
         return None
     text = value.strip()
+    if heavy := too_heavy(text):
+        raise RowError(f"{what}: {heavy}")
     try:
         found, end, fault = StrictJSON().decode(text)
     except json.JSONDecodeError as error:

@@ -15,7 +15,7 @@ from .archive import Contents, contents, open_archive, shown
 from .json_rows import json_rows
 from .opening import Member, TextFile, explained
 from .rows import BadRow, RawRow, Rows, json_kind, plain
-from .strict import StrictJSON
+from .strict import StrictJSON, too_heavy
 from .tables import csv_rows, parquet_rows, text_rows
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "json_kind",
     "plain",
     "read_file",
+    "too_heavy",
 ]
 
 READERS: dict[str, Callable[[TextFile], Rows]] = {

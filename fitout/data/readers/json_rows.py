@@ -12,12 +12,12 @@ from typing import Any
 from ...errors import DataError
 from .opening import TextFile, lines
 from .rows import BOM, MAX_ROW, RawRow, Rows, as_row, bad, too_long
-from .strict import StrictJSON
+from .strict import StrictJSON, too_heavy
 
 BLANK = re.compile(r"[ \t\r\n\ufeff]*")
 STRETCH = 1 << 16  # characters read at a time
 #: An object alone in a file that is longer than this is not one row but a map of rows, and is given in pieces.
-PIECE = 8 << 20
+PIECE = 4 << 20
 
 
 def json_rows(file: TextFile) -> Rows:
@@ -47,7 +47,7 @@ def json_rows(file: TextFile) -> Rows:
 def is_object(line: str) -> bool:
     """Whether a line by itself is a JSON object that starts at the line's beginning."""
     line = line.lstrip(BOM).rstrip(" \t\r\n" + BOM)
-    if not line.startswith("{"):
+    if not line.startswith("{") or too_heavy(line):
         return False
     try:
         return StrictJSON().decode(line)[1] == len(line)
@@ -70,6 +70,9 @@ def json_lines(file: TextFile) -> Rows:
                 yield bad(file.at(number), too_long(len(line) + cut), line, cut)
                 continue
             if not line:
+                continue
+            if heavy := too_heavy(line):
+                yield bad(file.at(number), heavy, line)
                 continue
             try:
                 value, end, fault = strict.decode(line)
@@ -203,13 +206,15 @@ class Window:
                 value, end, fault = self._strict.decode(self.text, self.at)
                 if end < len(self.text) or self.text[end - 1] in '}]"' or not self._grow():
                     if end - self.at > limit:
-                        raise TooLong if limit < MAX_ROW else self._too_long()
+                        raise TooLong if limit < MAX_ROW else self._too_large(too_long(len(self.text) - self.at))
                     break
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at > limit:
                     if limit < MAX_ROW:
                         raise TooLong from None
-                    raise self._too_long() from None
+                    raise self._too_large(too_long(len(self.text) - self.at)) from None
+                if unfinished(error, len(self.text)) and (heavy := too_heavy(self.text[self.at :])):
+                    raise self._too_large(heavy) from None
                 if not (unfinished(error, len(self.text)) and self._grow()):
                     raise self._broken_at(error.pos, error.msg) from error
         line, raw = self.line_at(self.at), self.text[self.at : end]
@@ -293,9 +298,9 @@ class Window:
             self._column += position - self._counted
         self._counted = position
 
-    def _too_long(self) -> DataError:
+    def _too_large(self, why: str) -> DataError:
         return DataError(
-            too_long(len(self.text) - self.at),
+            why,
             where=f"{self.file.name}:{self.line_at(self.at)}",
             harm="It could fill the memory.",
             hint="Split it; in JSON lines (.jsonl) only that row would go to quarantine.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import decimal
 import math
-import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from ...chat.types import Origin
 MAX_DEPTH = 100  # levels of lists and objects in a row; what comes after (templates, reports) recurses too
 MAX_DIGITS = 300  # of an integer; Python itself refuses to print more than 4,300
 MAX_ROW = 16 << 20  # characters of one row: a shelf of novels
-MAX_WEIGHT = 400 << 20  # bytes that one row may take as Python values
+MAX_WEIGHT = 256 << 20  # bytes that one row may take as Python values
 MAX_RAW = 1 << 20  # characters of a bad row that are kept to be shown
 BOM = "\ufeff"
 
@@ -56,12 +55,6 @@ def as_row(value: Any, fault: str, origin: Origin, raw: str) -> RawRow | BadRow:
 
 def too_long(length: int) -> str:
     return f"a row of {length:,} characters or more; the limit is {MAX_ROW:,}"
-
-
-def weight(text: str) -> int:
-    """About the most bytes that JSON text can take as Python values, with what decoding needs for a moment."""
-    marks = 184 * text.count("{") + 64 * text.count("[") + 72 * text.count(":")
-    return sys.getsizeof(text) + marks + 36 * text.count('"') + 40 * text.count(",")
 
 
 def json_kind(value: Any) -> str:
