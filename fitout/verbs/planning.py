@@ -231,7 +231,7 @@ def forecast_run(
     cost = with_embeddings(cost, shape) if grown else cost
     work_at = _work_at(recipe, _batches(recipe, part))
     setup = setup_of(recipe.train, precision, machine, devices=ranks, stage=stage)
-    settings = {recipe.method.kind: recipe.method}
+    settings: dict[str, Any] = {recipe.method.kind: recipe.method}
     rehearsal = _rehearsal(recipe, shape, settings, work_at, machine, grown=grown)
     row = look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine, rehearsal)
     fixed = row.memory.terms["framework"] + row.memory.terms["weights"]
