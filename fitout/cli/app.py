@@ -22,6 +22,7 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YA
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, runs/NAME")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Out = Annotated[Path | None, typer.Option(help="the run directory (default: runs/NAME)")]
+ProfileFlag = Annotated[bool, typer.Option("--profile", help="time three steps part by part, and write a trace")]
 Processes = Annotated[int, typer.Option(min=1, help="ranks on this machine; one for each GPU")]
 Nodes = Annotated[int, typer.Option(min=1, help="machines that run this same command")]
 Rendezvous = Annotated[
@@ -95,17 +96,19 @@ def run(
     processes: Processes = 1,
     nodes: Nodes = 1,
     rendezvous: Rendezvous = None,
+    profile: ProfileFlag = False,
     json: Json = False,
 ) -> None:
     """Prepares, trains, evaluates and merges; goes on where it stopped."""
     if processes > 1 or nodes > 1 or rendezvous:
-        _as_ranks("run", recipe, changes, out, processes, nodes, rendezvous, ["--json"] if json else [])
+        more = (["--profile"] if profile else []) + (["--json"] if json else [])
+        _as_ranks("run", recipe, changes, out, processes, nodes, rendezvous, more)
     from .. import verbs
     from ..config import load
     from .screen import open_screen
 
     with open_screen(json) as screen:
-        directory = verbs.run(load(recipe, changes), out=out, screen=screen.verbs)
+        directory = verbs.run(load(recipe, changes), out=out, profile=profile, screen=screen.verbs)
         screen.show_run(directory)
 
 
@@ -145,18 +148,19 @@ def train(
     processes: Processes = 1,
     nodes: Nodes = 1,
     rendezvous: Rendezvous = None,
+    profile: ProfileFlag = False,
     json: Json = False,
 ) -> None:
     """One training run into runs/NAME."""
     if processes > 1 or nodes > 1 or rendezvous:
-        more = (["--resume"] if resume else []) + (["--json"] if json else [])
+        more = (["--resume"] if resume else []) + (["--profile"] if profile else []) + (["--json"] if json else [])
         _as_ranks("train", recipe, changes, out, processes, nodes, rendezvous, more)
     from .. import verbs
     from ..config import load
     from .screen import open_screen
 
     with open_screen(json) as screen:
-        directory = verbs.train(load(recipe, changes), out=out, resume=resume, screen=screen.verbs)
+        directory = verbs.train(load(recipe, changes), out=out, resume=resume, profile=profile, screen=screen.verbs)
         screen.show_run(directory)
 
 

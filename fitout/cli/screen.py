@@ -241,6 +241,10 @@ class TrainingBar:
                 if what
                 else "memory ran out: activations are recomputed from here"
             )
+        elif event == "profiled":
+            from .profile_view import draw_profile
+
+            self.screen.console.print(draw_profile(row))
         elif event == "skipped":
             self.screen.say(f"step {row['step']} skipped, {row['reason']}: {', '.join(row['rows'][:3])}")
 

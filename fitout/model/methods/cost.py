@@ -53,6 +53,7 @@ class Cost:
     kept: int = 0
     weight_gradients: int = 0
     trains_head: bool = False
+    embedding: bool = False  # the input embedding is trained: the backward pass goes down to it
     thin_flops: int = 0
     calls: int = 0
     call_flops: int = 0
@@ -88,6 +89,7 @@ def full(shape: Shape, *, freeze: Sequence[str] = (), last_layers: int | None = 
         reads=frozenset(reads),
         weight_gradients=gradients,
         trains_head="lm_head.weight" in names or (shape.tied and embedding),
+        embedding=embedding and last_layers is None,
     )
 
 
@@ -113,6 +115,7 @@ def lora(
         reads=frozenset(linear.reads for linear, _ in chosen) - {"down"},
         kept=sum(r for _, r in chosen),
         trains_head=head,
+        embedding=_named("model.embed_tokens.weight", train_also) or (shape.tied and head),
         thin_flops=6 * shape.layers * numbers,
         calls=5 * len(chosen),
     )
@@ -210,7 +213,7 @@ def sparse(shape: Shape, *, density: float, targets: Targets = "all-linear", ind
 def with_embeddings(cost: Cost, shape: Shape) -> Cost:
     """`cost` when tokens were added to the vocabulary: embeddings and head are trained too, so the base stays fp32."""
     also = shape.head_weights * (1 if shape.tied else 2)
-    return replace(cost, trained=cost.trained + also, frozen_base=False, trains_head=True)
+    return replace(cost, trained=cost.trained + also, frozen_base=False, trains_head=True, embedding=True)
 
 
 def targeted(shape: Shape, targets: Targets) -> list[Linear]:
