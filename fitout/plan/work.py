@@ -76,15 +76,8 @@ def work_of(
 
 
 def _micro_batch(layout: Layout) -> MicroBatch:
-    pairs = 0
-    before: list[int] = []  # tokens of each segment and all its ancestors
-    for segment in layout.segments:
-        above = before[segment.parent] if segment.parent >= 0 else 0
-        before.append(above + segment.length)
-        pairs += segment.length * above + segment.length * (segment.length + 1) // 2
-    return MicroBatch(
-        layout.tokens, layout.supervised, tuple(segment.length for segment in layout.segments), pairs, layout
-    )
+    lengths = tuple(segment.length for segment in layout.segments)
+    return MicroBatch(layout.tokens, layout.supervised, lengths, layout.pairs, layout)
 
 
 def _different_lengths(steps: list[list[Layout]]) -> int:

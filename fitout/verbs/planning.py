@@ -16,6 +16,8 @@ from .working import Screen, chat_of, recipe_of, run_directory
 
 if TYPE_CHECKING:
     from ..plan.planner import Plan
+    from ..plan.products import Products
+    from ..train.loop import Progress
 
 
 def plan(
@@ -264,6 +266,47 @@ def forecast_run(
             "terms_mb": {name: round(size / MB) for name, size in row.memory.terms.items()},
         },
     }
+
+
+def products_of(recipe: Recipe, precision: str, grown: bool, device: Any) -> Products | None:
+    """What this training multiplies, countable; None for a model whose shape is not known."""
+    from ..errors import ModelError
+    from ..model.methods.cost import with_embeddings
+    from ..plan.machine import Probe
+    from ..plan.planner import first_budget
+    from ..plan.products import Products
+
+    try:
+        shape = _shape(recipe)
+    except ModelError:
+        return None
+    cost = recipe.method.cost(shape)
+    cost = with_embeddings(cost, shape) if grown else cost
+    return Products(shape, cost, precision, Probe(device.type), first_budget(recipe.train, device.type))
+
+
+def told_speed(progress: Progress, products: Products | None, ranks: int) -> tuple[dict[str, Any], str]:
+    """What the counters of a training say about its speed: for run.json, and as one line for people."""
+    seconds = max(progress.seconds, 1e-9)
+    figures: dict[str, Any] = {
+        "waited_for_data": float(f"{progress.waited / seconds:.3g}"),
+        "padding": float(f"{progress.padding / max(1, progress.tokens + progress.padding):.3g}"),
+    }
+    if products and progress.tokens:
+        did = (progress.tokens / ranks, progress.supervised / ranks, progress.pairs / ranks)
+        again = progress.recomputed / progress.tokens
+        counts = products.count(*did, again).values()
+        flops, least = sum(one.flops for one in counts), sum(one.seconds for one in counts)
+        figures |= {
+            "flops_per_second": float(f"{flops / seconds:.4g}"),
+            "matmul_peak": float(f"{flops / least:.4g}"),
+            "recomputed": float(f"{products.recomputed(*did, again):.3g}"),
+        }
+        each = " a rank" if ranks > 1 else ""
+        line = f"{flops / seconds / 1e9:,.0f} GFLOP/s{each}, {100 * least / seconds:.0f} % of the measured matmul peak"
+    else:
+        line = "share of the matmul peak not known for this model"
+    return figures, f"speed: {line}; {100 * figures['waited_for_data']:.1f} % of the time waiting for data"
 
 
 def told_against_plan(directory: RunDir, forecast: Any, before_mb: int, device: Any, whole: bool) -> str:

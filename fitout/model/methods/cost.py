@@ -55,6 +55,7 @@ class Cost:
     whole_logits: bool = False
     weight_gradients: int = 0
     trains_head: bool = False
+    embedding: bool = False  # the input embedding is trained: the backward pass goes down to it
     thin_flops: int = 0
     calls: int = 0
     call_flops: int = 0
@@ -94,6 +95,7 @@ def full(shape: Shape, *, freeze: Sequence[str] = (), last_layers: int | None = 
         reads=frozenset(reads),
         weight_gradients=gradients,
         trains_head="lm_head.weight" in names or (shape.tied and embedding),
+        embedding=embedding and last_layers is None,
     )
 
 
@@ -125,6 +127,7 @@ def lora(
         reads=frozenset(linear.reads for linear, _ in chosen) - {"down"},
         kept=times * sum(r for _, r in chosen),
         trains_head=ends[1] or (shape.tied and ends[0]),
+        embedding=ends[0] or (shape.tied and ends[1]),
         whole_logits=head > 0,
         thin_flops=times * 6 * shape.layers * numbers,
         calls=5 * len(chosen),
@@ -228,7 +231,7 @@ def sparse(shape: Shape, *, density: float, targets: Targets = "all-linear", ind
 def with_embeddings(cost: Cost, shape: Shape) -> Cost:
     """`cost` when tokens were added to the vocabulary: embeddings and head are trained too, so the base stays fp32."""
     also = shape.head_weights * (1 if shape.tied else 2)
-    return replace(cost, trained=cost.trained + also, frozen_base=False, trains_head=True)
+    return replace(cost, trained=cost.trained + also, frozen_base=False, trains_head=True, embedding=True)
 
 
 def targeted(shape: Shape, targets: Targets) -> list[Linear]:
