@@ -1,4 +1,4 @@
-"""Fitout and TRL's SFTTrainer in turn on the same work.
+"""Fitout, TRL's SFTTrainer and transformers' Trainer in turn on the same work.
 
     python -m benchmarks.against_trl --out benchmarks/results/NAME.json
 
@@ -40,7 +40,9 @@ def main() -> None:
         tuning, best = {}, asked.best
         if asked.tune:
             tuning, best = _tune(folder, work, asked)
-        sides = {"fitout": None, "trl default": "", "trl best": best}
+        sides = {"fitout": None, "trl default": "", "trl best": best, "trainer best": f"{best},trainer=plain,free=0"}
+        if asked.sides:
+            sides = {name: sides[name] for name in ("fitout", *asked.sides)}
         rounds = [_round(folder, work, sides, asked.warmup, number) for number in range(asked.rounds)]
     result = {
         "shape": asked.shape, "method": asked.method, "data": asked.data, "precision": asked.precision,
@@ -64,6 +66,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=WARMUP, help="steps left out of the speed")
     parser.add_argument("--best", default="per=4,recompute=0,sort=1", help="TRL's best setting, where it is known")
     parser.add_argument("--tune", action="store_true", help="find TRL's best setting first, by trying the candidates")
+    parser.add_argument(
+        "--sides", nargs="+", help="peers to run, of: 'trl default', 'trl best', 'trainer best'; else all"
+    )
     parser.add_argument("--quick", action="store_true", help="3 steps, 1 round: does it run and agree")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()

@@ -76,8 +76,17 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def services(self) -> Path:
+        """The ids under which W&B and MLflow know the run."""
+        return self.path / "services.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     # results
     @property
@@ -114,6 +123,10 @@ class RunDir:
 
     def exists(self) -> bool:
         return self.status.exists()
+
+    def has_training(self) -> bool:
+        """Whether anything trained is in it: a checkpoint, or what a run ends with. Prepared data alone are not."""
+        return any(self.checkpoints.glob("step-*")) or self.adapter.exists() or self.model.exists()
 
     def read_status(self) -> dict[str, Any]:
         return read_json(self.status) if self.status.exists() else {}

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from .screen import Terminal
 
 
-def check_files(files: list[Path], format: str | None, screen: Terminal) -> int:
+def check_files(files: list[str], format: str | None, screen: Terminal) -> int:
     """Findings of each file; returns how many are errors."""
     import json
 
-    from ..data import SourceSettings
     from ..data.lint import check_source
+    from ..data.sources import named
     from .screen import draw_findings
 
     errors, told = 0, {}
     for file in files:
-        found = check_source(SourceSettings(path=str(file), format=format), Path())
+        found = check_source(named(file, format), Path())
         errors += sum(one.count for one in found if one.severity == "error")
-        told[str(file)] = [
+        told[file] = [
             {
                 "severity": f.severity,
                 "code": f.code,
@@ -38,7 +38,7 @@ def check_files(files: list[Path], format: str | None, screen: Terminal) -> int:
             for f in found
         ]
         if not screen.machine:
-            screen.console.print(Text(str(file), style="bold"))
+            screen.console.print(Text(file, style="bold"))
             screen.console.print(draw_findings(found))
     if screen.machine:
         print(json.dumps({"errors": errors, "files": told}, ensure_ascii=False))

@@ -21,7 +21,7 @@ from .backend import Backend
 from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, StopRequest, is_out_of_memory
 from .listeners import Listener
-from .optim import learning_rate, load_state_tensors, make_optimizer, state_tensors
+from .optim import learning_rate, make_optimizer
 from .step import StepResult, mean_loss, train_step
 
 STATE = "method|"  # before the names of a method's own state in a checkpoint's weights
@@ -95,7 +95,7 @@ class _Run:
     def __init__(self, job: Job, backend: Backend, listeners: Sequence[Listener]):
         self.job, self.backend, self.listeners = job, backend, listeners
         self.parameters = trainable(job.model)
-        self.optimizer = make_optimizer(self.parameters, job.settings, job.method.rates(job.model))
+        self.optimizer: Any = None  # made when the backend takes the model over
         self.checkpoints = Checkpoints(job.run.checkpoints)
         self.finite = FiniteGuard()
         self.at = Progress(budget=_first_budget(job.settings, backend))
@@ -107,12 +107,15 @@ class _Run:
         checkpoint, passed_over = self.checkpoints.newest() if resume else (None, [])
         if checkpoint:
             self._restore(checkpoint)
+            self._engage()
+            self.backend.load_moments(self.optimizer, self.parameters, checkpoint.optimizer())
         else:
             self.job.method.begin(self.job.model, self._gradients)
             state = self.job.method.state(self.job.model)
             self.backend.same_everywhere([*self.parameters.values(), *state.values()])
             if state and self.backend.ranks > 1:
                 self.job.method.restore(self.job.model, state)
+            self._engage()
         for listener in self.listeners:
             listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
         if checkpoint or passed_over:
@@ -122,6 +125,13 @@ class _Run:
         self.job.model.train()
         if self.at.step == 0:
             self.evaluate()
+
+    def _engage(self) -> None:
+        """From here on the model is the backend's: parameters may be divided, and change only by its steps."""
+        settings, rates = self.job.settings, self.job.method.rates(self.job.model)
+        self.parameters, self.optimizer = self.backend.engage(
+            self.job.model, self.job.objective, lambda parameters: make_optimizer(parameters, settings, rates)
+        )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         saved, wanted = checkpoint.state["identity"], self.job.identity
@@ -134,7 +144,6 @@ class _Run:
                 hint="Undo the change, or start anew with another name or --out.",
             )
         self._put_back(checkpoint.weights())
-        load_state_tensors(self.optimizer, self.parameters, checkpoint.optimizer())
         self.backend.load_state(checkpoint.state["backend"])
         self.at = Progress(**checkpoint.state["progress"])
         self.saved_step = self.at.step
@@ -147,9 +156,9 @@ class _Run:
         self.job.method.restore(self.job.model, own)
         copy_into(self.parameters, tensors)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def _weights(self) -> dict[str, Any]:
         state = self.job.method.state(self.job.model)
-        return {**self.parameters, **{STATE + name: tensor for name, tensor in state.items()}}
+        return {**self.backend.weights(self.parameters), **{STATE + name: tensor for name, tensor in state.items()}}
 
     def _gradients(self) -> Iterator[None]:
         """Backward over the samples of the coming steps; at each yield one step's gradients, of all ranks, stand in the
@@ -319,23 +328,27 @@ class _Run:
     def save(self) -> None:
         if self.saved_step == self.at.step:
             return
+        weights, moments = self._weights(), self.backend.moments(self.optimizer, self.parameters)
         if self.backend.main:
             self.checkpoints.save(
                 self.at.step,
-                self._weights(),
-                state_tensors(self.optimizer, self.parameters),
+                weights,
+                moments,
                 {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()},
             )
             self._tell("saved", path=str(self.checkpoints.path(self.at.step).name))
             self.checkpoints.prune(self.job.settings.keep_last, self.at.best_step)
+        self.backend.bring_together(weights, moments)
         self.backend.barrier()
         self.saved_step = self.at.step
 
     def finish(self) -> None:
         """The last checkpoint, then the weights the run ends with."""
         self.save()
-        best = self.at.best_step
-        if self.job.settings.keep == "best" and best is not None and best != self.at.step:
+        self.backend.disengage(self.job.model, self.parameters, frozen_too=not self.job.method.frozen_base)
+        self.parameters = trainable(self.job.model)
+        best, whole = self.at.best_step, self.backend.main or not self.backend.spreads
+        if whole and self.job.settings.keep == "best" and best is not None and best != self.at.step:
             self._put_back(self.checkpoints.at(best).weights())
         self._tell("finished", best_step=self.at.best_step, stopped_early=self.at.stopped_early)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Recipe
 from ..errors import RequestError, RunExistsError
 from ..rundir import RunDir
+from .annotating import pull, push
 from .comparing import compare
 from .delivering import can_load, combine, export, merge_into_base, unmergeable
 from .evaluating import check_retention, evaluate_run
@@ -20,6 +21,7 @@ from .planning import plan, with_method
 from .preparing import Repaired, prepare_data, repair_data
 from .training import train_model
 from .working import Screen, chat_of, import_libraries, main_process, recipe_of, run_directory, working
+from .writing import Written, export_data
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
@@ -28,16 +30,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Screen",
+    "Written",
     "Xray",
     "can_load",
     "combine",
     "compare",
     "evaluate",
     "export",
+    "export_data",
     "merge",
     "open_engine",
     "plan",
     "prepare",
+    "pull",
+    "push",
     "recipe_of",
     "repair",
     "run",
@@ -66,9 +72,9 @@ def run(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | None 
 def train(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, screen: Screen | None = None
 ) -> RunDir:
-    """One training run. A run directory that is there is refused without `resume`."""
+    """One training run. One that has begun training is refused without `resume`."""
     directory = run_directory(recipe, out)
-    if directory.exists() and not resume and main_process():  # the other ranks may come when it is made
+    if directory.has_training() and not resume and main_process():  # the other ranks may come when it is made
         raise RunExistsError(
             "this run exists already",
             where=str(directory.path),

@@ -33,6 +33,7 @@ FLOORS = {
     "verbs": 8,
     "cli": 9,
     "ui": 9,
+    "__main__": 10,
 }
 
 

@@ -174,7 +174,7 @@ def majority(annotations: Sequence[Annotation]) -> Annotation:
         votes = Counter(tuple(sorted(one.labels[name])) for one in annotations if name in one.labels)
         (label, most), *others = votes.most_common(2)
         if others and others[0][1] == most:
-            tied = " and ".join(repr(", ".join(labels)) for labels, count in votes.items() if count == most)
+            tied = " and ".join(repr(", ".join(labels)) for labels, count in sorted(votes.items()) if count == most)
             raise Undecided(f"a tie in `{name}`: {tied}, {most} each")
         left = [one for one in left if tuple(sorted(one.labels.get(name, ()))) == label]
     if not left:

@@ -184,8 +184,9 @@ def ranking(value: Any) -> tuple[str, ...]:
 def chat_message(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise Unusable("a chat message without a role")
-    kept = {"role": value["role"], "content": value.get("content")}
-    return {**kept, "tool_calls": value["tool_calls"]} if value.get("tool_calls") else kept
+    return {
+        key: child for key, child in value.items() if key in ("role", "content", "tool_calls") and child is not None
+    }
 
 
 # --- what is pushed ----------------------------------------------------------------------------------------------

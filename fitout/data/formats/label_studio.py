@@ -23,8 +23,9 @@ from ..annotate.agreement import Undecided, decide
 from ..annotate.annotation import Annotation
 from ..annotate.label_studio import RESPONSE, TASK, Unusable
 from ..readers import json_kind
+from . import openai
 from .plug import Columns, Refused, Row, RowError, parsed, renamed
-from .turns import ROLES, check_answered, check_order, read_calls, read_role
+from .turns import ROLES, check_answered, check_order, read_tools
 
 #: Data fields that hold what is asked and what it is asked about, in the order in which they are put to the model.
 ASKED = ("system", "instruction", "prompt", "task_description")
@@ -68,10 +69,7 @@ class LabelStudio:
             chosen = decide(annotations, "majority")
         except (Unusable, Undecided) as error:
             raise RowError(str(error)) from None
-        meta = provenance(chosen, len(annotations))
-        if isinstance(row.get("id"), int | str):
-            meta["task_id"] = row["id"]
-        return samples_of(renamed(data, columns), chosen, origin, meta)
+        return answered(renamed(data, columns), chosen, len(annotations), row.get("id"), origin)
 
 
 class LabelStudioMin:
@@ -194,6 +192,14 @@ ANSWERS = ("answer", "summary", "response", "output", "completion", "translation
 # --- from an annotation to samples -------------------------------------------------------------------------------
 
 
+def answered(data: Row, annotation: Annotation, of: int, task_id: Any, origin: Origin) -> list[Sample | Refused]:
+    """The samples of the annotation that was chosen of a task's `of`; `data` are its fields by our names."""
+    meta = provenance(annotation, of)
+    if isinstance(task_id, int | str):
+        meta["task_id"] = task_id
+    return samples_of(data, annotation, origin, meta)
+
+
 def provenance(annotation: Annotation, of: int) -> dict[str, Any]:
     meta: dict[str, Any] = {"annotator": annotation.annotator} if annotation.annotator else {}
     if of > 1:
@@ -224,7 +230,7 @@ def samples_of(data: Row, annotation: Annotation, origin: Origin, meta: dict[str
     if annotation.order:
         return pairs(data, annotation, origin, meta)
     if annotation.messages:
-        turns = [turn(one, number) for number, one in enumerate([*chat_of(data), *annotation.messages], 1)]
+        turns = [openai.message(one, number) for number, one in enumerate([*chat_of(data), *annotation.messages], 1)]
         return [checked(turns, origin, data, meta)]
     if annotation.texts:
         asked = question(data, as_turns=True)
@@ -272,12 +278,17 @@ def marked(annotation: Annotation) -> str:
 def checked(messages: list[Message], origin: Origin, data: Row, meta: dict[str, Any]) -> Conversation:
     check_order(messages)
     check_answered(messages)
-    return Conversation(tuple(messages), origin, (), others(data) | meta)
+    return Conversation(tuple(messages), origin, read_tools(data.get("tools")), others(data) | meta)
 
 
 def others(data: Row) -> dict[str, Any]:
-    """The fields of a task that are not put to the model."""
-    return {key: value for key, value in data.items() if key not in KNOWN and value not in (None, "", [])}
+    """The fields of a task that are not put to the model; `meta` is what `data push` sent along."""
+    along = data.get("meta")
+    left = {key: value for key, value in data.items() if key not in (*KNOWN, "tools") and value not in (None, "", [])}
+    if isinstance(along, dict):
+        del left["meta"]
+        left |= {key: value for key, value in along.items() if key not in left}
+    return left
 
 
 def question(data: Row, as_turns: bool) -> list[Message]:
@@ -285,7 +296,7 @@ def question(data: Row, as_turns: bool) -> list[Message]:
     system = text_of(data, "system")
     head = [Message("system", system)] if system.strip() else []
     if as_turns and (dialogue := chat_of(data)):
-        turns = [turn(one, number) for number, one in enumerate(dialogue, 1)]
+        turns = [openai.message(one, number) for number, one in enumerate(dialogue, 1)]
         return turns if turns[0].role == "system" else [*head, *turns]
     said = [text_of(data, key) for key in (*ASKED[1:], *ABOUT)]
     said += [script(dialogue_of(data)), *(text_of(data, key) for key in QUESTION)]
@@ -344,14 +355,6 @@ def spoken(lines: list[tuple[str, str]]) -> list[dict[str, Any]]:
         else:
             turns.append({"role": role, "content": text})
     return turns
-
-
-def turn(one: dict[str, Any], number: int) -> Message:
-    role, content = read_role(one.get("role"), number), one.get("content")
-    if not isinstance(content, str | None):
-        raise RowError(f"turn {number}: `content` is {json_kind(content)}, not text")
-    calls = read_calls(one.get("tool_calls"), number)
-    return Message(role, content or "", extra={"tool_calls": calls} if calls else {})
 
 
 # --- preferences -------------------------------------------------------------------------------------------------
