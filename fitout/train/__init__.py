@@ -38,6 +38,12 @@ class TrainSettings(BaseModel):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="recompute activations to save memory; auto: only when memory runs out"
     )
+    on_nonfinite: Literal["skip", "stop"] = Field(
+        "skip", description="a step with NaN or Inf: skip it (ten in a row end the run), or stop at the first"
+    )
+    hang_minutes: float | None = Field(
+        30, gt=0, description="end the process when no micro-batch has ended for so long; null for never"
+    )
     seed: int = Field(0, ge=0)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept besides the best")

@@ -35,6 +35,11 @@ class Backend:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled up before backward (fp16), by a factor that is sought on the way."""
+        return self._scaler is not None
+
     def compute_in(self, precision: str, *, autocast: bool) -> None:
         """fp32, bf16 or fp16; with `autocast` where the trained weights themselves stay in fp32."""
         if autocast and precision != "fp32":

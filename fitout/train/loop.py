@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,17 +14,21 @@ import torch
 from ..data.batches import Batches, layouts_of
 from ..data.store import Part
 from ..errors import CheckError, FitoutError, Stopped
+from ..layout import Layout
+from ..model.memory import give_back, is_out_of_memory
 from ..model.methods.base import Method, copy_into, trainable
 from ..objectives.base import Objective
 from ..rundir import RunDir
 from . import FIRST_BUDGET, TrainSettings
 from .backend import Backend
 from .checkpoint import Checkpoint, Checkpoints
-from .guard import FiniteGuard, StopRequest, is_out_of_memory
+from .guard import FiniteGuard, Interrupted, StopRequest, Watchdog
 from .listeners import Listener
 from .optim import learning_rate, load_state_tensors, make_optimizer, state_tensors
 from .step import StepResult, mean_loss, train_step
 
+T = TypeVar("T")
+NAMED = 8  # rows that a message names
 STATE = "method|"  # before the names of a method's own state in a checkpoint's weights
 
 
@@ -42,7 +47,7 @@ class Progress:
     best_step: int | None = None
     worse: int = 0  # validations since the best
     last_loss: float | None = None
-    validation: list[list[float]] = field(default_factory=list)  # [step, loss]
+    validation: list[list[float | None]] = field(default_factory=list)  # [step, loss; None where it is not finite]
     stopped_early: bool = False
 
 
@@ -64,40 +69,47 @@ class Job:
 
 
 def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bool = False) -> Progress:
-    """Trains to `total_steps`, or to early stopping. Raises Stopped (with a checkpoint saved) on SIGTERM and SIGINT."""
-    run = _Run(job, backend, listeners if backend.main else ())
-    run.begin(resume)
-    try:
-        with StopRequest() as stop:
+    """Trains to `total_steps`, or to early stopping. Raises Stopped (with a checkpoint saved) on SIGTERM and SIGINT:
+    between two micro-batches, so that not even a long step or validation is waited for."""
+    with StopRequest() as stop, _watchdog(job, backend) as watchdog:
+        run = _Run(job, backend, listeners if backend.main else (), stop, watchdog)
+        try:
+            run.begin(resume)
             while run.at.step < job.total_steps and not run.at.stopped_early:
                 run.step()
-                stopping = backend.any(stop.name is not None)
                 if run.evaluation_due():
                     run.evaluate()
-                if run.save_due() or stopping:
+                if run.save_due():
                     run.save()
-                if stopping:
-                    raise Stopped(
-                        f"stopped by {stop.name or 'another rank'} after step {run.at.step} of {job.total_steps}; "
-                        "a checkpoint is saved",
-                        hint="Go on with the same command (for `fitout train` add --resume).",
-                    )
-        run.finish()
-    finally:
-        for listener in run.listeners:
-            listener.close()
+                run.leave_when_asked()
+            run.finish()
+            run.leave_when_asked()
+        except Interrupted:
+            run.leave()
+        finally:
+            for listener in run.listening:
+                listener.close()
     return run.at
+
+
+def _watchdog(job: Job, backend: Backend) -> Watchdog:
+    stacks = job.run.stacks(backend.rank)
+    return Watchdog(job.settings.hang_minutes, stacks, lambda line: job.run.update_status(status="failed", error=line))
 
 
 class _Run:
     """The loop's state and its moves."""
 
-    def __init__(self, job: Job, backend: Backend, listeners: Sequence[Listener]):
+    def __init__(
+        self, job: Job, backend: Backend, listeners: Sequence[Listener], stop: StopRequest, watchdog: Watchdog
+    ):
         self.job, self.backend, self.listeners = job, backend, listeners
+        self.stop, self.watchdog = stop, watchdog
         self.parameters = trainable(job.model)
         self.optimizer = make_optimizer(self.parameters, job.settings, job.method.rates(job.model))
         self.checkpoints = Checkpoints(job.run.checkpoints)
-        self.finite = FiniteGuard()
+        self.listening: list[Listener] = []  # those that were started
+        self.finite = FiniteGuard(job.settings.on_nonfinite)
         self.at = Progress(budget=_first_budget(job.settings, backend))
         self.saved_step = -1
 
@@ -115,12 +127,13 @@ class _Run:
                 self.job.method.restore(self.job.model, state)
         for listener in self.listeners:
             listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
+            self.listening.append(listener)
         if checkpoint or passed_over:
             self._tell("resumed", passed_over=passed_over)
         if self.job.settings.gradient_checkpointing is True:
             self._recompute_activations()
         self.job.model.train()
-        if self.at.step == 0:
+        if (self.at.step == 0 or self.evaluation_due()) and not self._evaluated():  # a stop may have come within it
             self.evaluate()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -154,25 +167,19 @@ class _Run:
     def _gradients(self) -> Iterator[None]:
         """Backward over the samples of the coming steps; at each yield one step's gradients, of all ranks, stand in the
         model, divided by the step's units."""
-        batches, backend = self.job.batches, self.backend
+
+        def backward(layouts: list[Layout]) -> None:
+            (total,) = self.backend.sum(self.job.objective.units(layouts))
+            for layout in layouts:
+                self.watchdog.alive()
+                if layout.supervised:
+                    with self.backend.compute():
+                        loss = self.job.objective.loss(self.job.model, layout, total)
+                    self.backend.backward(loss)
+
         for index in range(self.at.step, self.job.total_steps):
-            layouts = batches.layouts(index, budget=self.at.budget, rank=backend.rank, ranks=backend.ranks)
-            (total,) = backend.sum(self.job.objective.units(layouts))
-            try:
-                for layout in layouts:
-                    if layout.supervised:
-                        with backend.compute():
-                            loss = self.job.objective.loss(self.job.model, layout, total)
-                        backend.backward(loss)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise FitoutError(
-                    "memory ran out while gradients were computed to choose what is trained",
-                    harm="The choice would rest on a part of the samples.",
-                    hint=f"Set train.micro_batch_tokens below {self.at.budget}, or choose without gradients.",
-                ) from error
-            backend.sum_gradients(p for p in self.job.model.parameters() if p.requires_grad)
+            self._in_memory(self._layouts(index), backward)
+            self.backend.sum_gradients(p for p in self.job.model.parameters() if p.requires_grad)
             yield
 
     # one step
@@ -183,19 +190,21 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         start = time.perf_counter()
-        result = self._step_with_memory(index)
+        result = self._in_memory(self._layouts(index), lambda layouts: self._train(index, layouts))
         seconds = time.perf_counter() - start
-        self.finite.saw(result.finite, index + 1, self._origins(index))
+        culprits = [] if result.finite else self._culprits(index, result.loss)
+        if self.finite.too_many(result.finite, searching=self.backend.scales_loss and math.isfinite(result.loss)):
+            self._give_up_on_numbers(index, culprits)
         self.at.step += 1
         self.job.method.after_step(self.job.model, self.optimizer, self.at.step, self.job.total_steps, self._gradients)
         self.at.tokens += result.tokens
         self.at.supervised += result.supervised
         self.at.seconds += seconds
         self.at.last_loss = result.loss
-        epoch, within = self.job.batches.epoch_of(index)
         if not result.finite:
             self.at.skipped += 1
-            self._tell("skipped", reason="gradients are not finite", rows=self._origins(index))
+            self._tell("skipped", reason="gradients are not finite", rows=culprits)
+        epoch, within = self.job.batches.epoch_of(index)
         self._log(
             step=self.at.step,
             epoch=round(epoch + (within + 1) / self.job.batches.steps_in_epoch(epoch), 4),
@@ -208,38 +217,52 @@ class _Run:
             memory_mb=memory_mb(self.backend.device),
         )
 
-    def _step_with_memory(self, index: int) -> StepResult:
-        """The step; when memory runs out, the same step again in smaller micro-batches."""
+    def _train(self, index: int, layouts: list[Layout]) -> StepResult:
+        torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
+        return train_step(
+            self.job.model,
+            self.job.objective,
+            layouts,
+            list(self.parameters.values()),
+            self.optimizer,
+            self.backend,
+            self.job.settings.clip,
+            self._between,
+        )
+
+    def _layouts(self, index: int) -> Callable[[], list[Layout]]:
+        """This rank's micro-batches of a step, under the budget at the time they are asked for."""
+        backend = self.backend
+        return lambda: self.job.batches.layouts(index, budget=self.at.budget, rank=backend.rank, ranks=backend.ranks)
+
+    # memory
+
+    def _in_memory(self, layouts_now: Callable[[], list[Layout]], compute: Callable[[list[Layout]], T]) -> T:
+        """What `compute` makes of the layouts; when memory runs out, of smaller ones of the same samples."""
         while True:
-            torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
-            layouts = self.job.batches.layouts(
-                index, budget=self.at.budget, rank=self.backend.rank, ranks=self.backend.ranks
-            )
+            layouts = layouts_now()
             try:
-                return train_step(
-                    self.job.model,
-                    self.job.objective,
-                    layouts,
-                    list(self.parameters.values()),
-                    self.optimizer,
-                    self.backend,
-                    self.job.settings.clip,
-                )
+                return compute(layouts)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.backend.ranks > 1:
-                    raise
-                self.optimizer.zero_grad(set_to_none=True)
-                self._need_less_memory(max(layout.tokens for layout in layouts), error)
+                    raise  # the error goes before anything else is tried: its traceback holds the activations
+            self.job.model.zero_grad(set_to_none=True)
+            give_back(self.backend.device)
+            self._need_less_memory(layouts)
 
-    def _need_less_memory(self, largest: int, error: BaseException) -> None:
+    def _need_less_memory(self, layouts: list[Layout]) -> None:
         """Halves the micro-batch; when each is one sample, recomputes activations; else gives up with advice."""
-        longest = int(self.job.batches.part.lengths.max())
-        if self.backend.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if largest > longest:
-            self.at.budget = max(longest, min(self.at.budget, largest) // 2)
-            self._tell("oom", micro_batch_tokens=self.at.budget)
-        elif self.job.settings.gradient_checkpointing == "auto" and not self.job.model.is_gradient_checkpointing:
+        largest = max(layout.tokens for layout in layouts)
+        longest = max(_longest_sample(layout) for layout in layouts)
+        smaller = max(longest, min(self.at.budget, largest) // 2)
+        if smaller < min(self.at.budget, largest):
+            self.at.budget = smaller
+            self._tell("oom", micro_batch_tokens=smaller)
+        elif (
+            self.job.model.training
+            and self.job.settings.gradient_checkpointing == "auto"
+            and not self.job.model.is_gradient_checkpointing
+        ):
             self._recompute_activations()
             self._tell("oom", gradient_checkpointing=True)
         else:
@@ -247,14 +270,68 @@ class _Run:
                 f"memory ran out on a single sample of {longest} tokens",
                 harm="The last checkpoint is complete; nothing after it was kept.",
                 hint="Lower data.max_length, take method: {kind: lora}, or a smaller base model.",
-            ) from error
+            )
 
     def _recompute_activations(self) -> None:
         self.job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def _origins(self, index: int) -> list[str]:
+    # numbers that are not finite
+
+    def _culprits(self, index: int, loss: float) -> list[str]:
+        """The samples of a step whose own loss or gradients are not finite; all when each alone has finite ones.
+
+        Only the loss is looked at where gradients are scaled (fp16): there they overflow while the scale is sought.
+        """
+        if self.backend.ranks > 1 or (self.backend.scales_loss and math.isfinite(loss)):
+            return self._origins(self.job.batches.rows(index))
+        batches, found = self.job.batches, []
+        rows = batches.rows(index)
+        for group in dict.fromkeys(batches.part.groups[rows].tolist()):
+            mine = rows[batches.part.groups[rows] == group]
+            try:
+                if not self._finite_alone(index, mine):
+                    found.append(mine)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        self.job.model.zero_grad(set_to_none=True)
+        return self._origins(np.concatenate(found) if found else rows)
+
+    def _finite_alone(self, index: int, rows: np.ndarray) -> bool:
+        """Whether loss and gradients of some rows by themselves are finite."""
+        batches, finite = self.job.batches, True
+        layouts = layouts_of(batches.part, rows, self.at.budget, packing=batches.packing, share=batches.share)
+        total = self.job.objective.units(layouts)
+        torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
+        for layout in layouts:
+            self._between()
+            if layout.supervised == 0:
+                continue
+            with self.backend.compute():
+                loss = self.job.objective.loss(self.job.model, layout, total)
+            finite = finite and math.isfinite(float(loss.detach()))
+            if finite and not self.backend.scales_loss:
+                self.backend.backward(loss)
+        finite = finite and all(bool(p.grad.isfinite().all()) for p in self.parameters.values() if p.grad is not None)
+        self.job.model.zero_grad(set_to_none=True)
+        return finite
+
+    def _give_up_on_numbers(self, index: int, culprits: list[str]) -> None:
+        """Ends the run before a step whose numbers are not finite, with a checkpoint of what was before it."""
+        self.save()
+        in_a_row = self.finite.in_a_row
+        raise FitoutError(
+            f"{in_a_row} steps in a row had no finite gradients (the last at step {index + 1})"
+            if in_a_row > 1
+            else f"step {index + 1} has no finite gradients, and train.on_nonfinite is stop",
+            harm="The weights were left as they were before the first of them; a checkpoint is saved.",
+            hint="Look at its rows, lower train.lr or set train.precision: fp32; the last step's rows: "
+            + ", ".join(culprits[:NAMED]),
+        )
+
+    def _origins(self, rows: np.ndarray) -> list[str]:
         part = self.job.batches.part
-        return [str(part.origin(int(row))) for row in self.job.batches.rows(index)[:8]]
+        return [str(part.origin(int(row))) for row in rows[:NAMED]]
 
     # evaluation
 
@@ -269,21 +346,27 @@ class _Run:
         part, at = self.job.validation, self.at
         if part is None or len(part) == 0:
             return
-        backend = self.backend
-        layouts = layouts_of(
-            part,
-            np.arange(len(part)),
-            at.budget,
-            backend.rank,
-            backend.ranks,
-            packing=self.job.batches.packing,
-            share=self.job.batches.share,
-        )
-        loss = mean_loss(self.job.model, self.job.objective, layouts, backend)
-        at.validation.append([at.step, loss])
+        backend, batches = self.backend, self.job.batches
+
+        def layouts() -> list[Layout]:
+            return layouts_of(
+                part, np.arange(len(part)), at.budget, backend.rank, backend.ranks,
+                packing=batches.packing, share=batches.share,
+            )  # fmt: skip
+
+        def measure(layouts: list[Layout]) -> float:
+            return mean_loss(self.job.model, self.job.objective, layouts, backend, self._between)
+
+        training = self.job.model.training
+        self.job.model.eval()  # while memory is looked for, too: activations are not recomputed here
+        try:
+            loss = self._in_memory(layouts, measure)
+        finally:
+            self.job.model.train(training)
+        at.validation.append([at.step, loss if math.isfinite(loss) else None])
         if at.step == 0:
-            at.base_loss = loss
-        elif at.best_loss is None or loss < at.best_loss:
+            at.base_loss = loss if math.isfinite(loss) else None
+        elif math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss):
             at.best_loss, at.best_step, at.worse = loss, at.step, 0
             self._tell("evaluated", validation_loss=loss, best=True)
             self.save()
@@ -293,6 +376,10 @@ class _Run:
             at.stopped_early = self.job.settings.patience is not None and at.worse >= self.job.settings.patience
         self._tell("evaluated", validation_loss=loss, best=False)
 
+    def _evaluated(self) -> bool:
+        """Whether the validation of this step has been done (always so where there is nothing to validate on)."""
+        return not self.job.validation or any(step == self.at.step for step, _ in self.at.validation)
+
     # saving
 
     def save_due(self) -> bool:
@@ -301,6 +388,7 @@ class _Run:
     def save(self) -> None:
         if self.saved_step == self.at.step:
             return
+        self.watchdog.alive()
         if self.backend.main:
             self.checkpoints.save(
                 self.at.step,
@@ -321,6 +409,27 @@ class _Run:
             self._put_back(self.checkpoints.at(best).weights())
         self._tell("finished", best_step=self.at.best_step, stopped_early=self.at.stopped_early)
 
+    # leaving
+
+    def _between(self) -> None:
+        """Called between micro-batches. One rank alone can leave there; several leave together, between steps."""
+        self.watchdog.alive()
+        if self.backend.ranks == 1:
+            self.stop.check()
+
+    def leave_when_asked(self) -> None:
+        """Ends the run, on all ranks, when one of them was asked to stop."""
+        if self.backend.any(self.stop.name is not None):
+            self.leave()
+
+    def leave(self) -> None:
+        self.save()
+        raise Stopped(
+            f"stopped by {self.stop.name or 'another rank'} after step {self.at.step} of {self.job.total_steps}; "
+            "a checkpoint is saved",
+            hint="Go on with the same command (for `fitout train` add --resume).",
+        )
+
     # telling
 
     def _log(self, **row: Any) -> None:
@@ -329,6 +438,14 @@ class _Run:
 
     def _tell(self, event: str, **facts: Any) -> None:
         self._log(event=event, step=self.at.step, **facts)
+
+
+def _longest_sample(layout: Layout) -> int:
+    """Tokens of the longest document of a layout: what no budget can divide."""
+    longest = [0] * len(layout.segments)
+    for at, segment in enumerate(layout.segments):
+        longest[at] = segment.length + (longest[segment.parent] if segment.parent >= 0 else 0)
+    return max(longest)
 
 
 def _first_budget(settings: TrainSettings, backend: Backend) -> int:
