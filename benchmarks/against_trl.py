@@ -1,4 +1,4 @@
-"""Fitout and TRL's SFTTrainer in turn on the same work.
+"""Fitout, TRL's SFTTrainer and transformers' Trainer in turn on the same work.
 
     python -m benchmarks.against_trl --out benchmarks/results/NAME.json
 
@@ -35,15 +35,18 @@ def main() -> None:
     asked = _arguments()
     with tempfile.TemporaryDirectory(prefix="fitout-benchmark-") as name:
         folder = Path(name)
-        _child("work", folder, asked.shape, asked.precision, asked.steps)
+        _child("work", folder, asked.shape, asked.precision, asked.steps, asked.method, asked.data)
         work = json.loads((folder / "work.json").read_text())
         tuning, best = {}, asked.best
         if asked.tune:
             tuning, best = _tune(folder, work, asked)
-        sides = {"fitout": None, "trl default": "", "trl best": best}
+        sides = {"fitout": None, "trl default": "", "trl best": best, "trainer best": f"{best},trainer=plain,free=0"}
+        if asked.sides:
+            sides = {name: sides[name] for name in ("fitout", *asked.sides)}
         rounds = [_round(folder, work, sides, asked.warmup, number) for number in range(asked.rounds)]
     result = {
-        "shape": asked.shape, "precision": asked.precision, "steps": asked.steps, "warmup": asked.warmup,
+        "shape": asked.shape, "method": asked.method, "data": asked.data, "precision": asked.precision,
+        "steps": asked.steps, "warmup": asked.warmup,
         "quick": asked.quick, "work": work, "trl_best": best, "tuning": tuning, "machine": _machine(), "rounds": rounds,
         "parity": {side: _parity(rounds, side, work) for side in sides if side != "fitout"},
     }  # fmt: skip
@@ -55,12 +58,17 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=("30m", "135m"), default="30m")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--data", choices=("alpaca", "gsm8k", "blocks", "shared", "pairs"), default="alpaca")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=WARMUP, help="steps left out of the speed")
     parser.add_argument("--best", default="per=4,recompute=0,sort=1", help="TRL's best setting, where it is known")
     parser.add_argument("--tune", action="store_true", help="find TRL's best setting first, by trying the candidates")
+    parser.add_argument(
+        "--sides", nargs="+", help="peers to run, of: 'trl default', 'trl best', 'trainer best'; else all"
+    )
     parser.add_argument("--quick", action="store_true", help="3 steps, 1 round: does it run and agree")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()

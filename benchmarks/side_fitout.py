@@ -64,15 +64,27 @@ def _record_layouts() -> list[list[Any]]:
 
 
 def _hash(layouts: list[Any]) -> str:
+    """Reads the samples back: a sample is the way from the root to the segment that holds its last trained token."""
+    import numpy as np
+
     from .work import hash_step
 
     rows = []
     for layout in layouts:
-        trained = set((layout.target_at + 1).tolist())
-        for segment in layout.segments:
-            assert segment.parent < 0, "the audit reads whole samples; these were packed as a tree"
-            at = range(segment.start, segment.end)
-            rows.append((tuple(layout.ids[segment.start : segment.end].tolist()), tuple(i in trained for i in at)))
+        segments = layout.segments
+        owner = np.repeat(np.arange(len(segments)), [segment.length for segment in segments])
+        for sample in np.unique(layout.target_sample):
+            its = layout.target_sample == sample
+            at, token = layout.target_at[its], layout.target_token[its][layout.target_at[its].argmax()]
+            end = int(owner[at.max()])
+            if at.max() + 1 == segments[end].end:  # predicted at the end of a trunk: the branch that begins with it
+                [end] = [n for n, s in enumerate(segments) if s.parent == end and layout.ids[s.start] == token]
+            line: list[int] = []
+            while end >= 0:
+                line = [*range(segments[end].start, segments[end].end), *line]
+                end = segments[end].parent
+            trained = {place + 1 for place in np.searchsorted(line, at).tolist()}
+            rows.append((tuple(layout.ids[line].tolist()), tuple(place in trained for place in range(len(line)))))
     return hash_step(rows)
 
 

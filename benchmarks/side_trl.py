@@ -1,6 +1,7 @@
-"""TRL's side, one process: `python -m benchmarks.side_trl FOLDER OUT OPTIONS`, with OPTIONS as `key=value,...`:
+"""A peer's side, one process: `python -m benchmarks.side_trl FOLDER OUT OPTIONS`, with OPTIONS as `key=value,...`:
 
-per=8     examples a device batch; gradient accumulation makes a step of 16 of them
+trainer=trl   TRL's SFTTrainer; `plain` is transformers' Trainer with peft and a padding collator
+per=8     examples a device batch; gradient accumulation makes a step of them
 recompute=1   activation checkpointing (TRL's default)
 sort=0    examples of a step sorted by length (the step's set stays the same), so that less is padding
 free=0    padding_free: a device batch flattened into one row
@@ -17,17 +18,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .work import ALPHA, BATCH, LR, MAX_LENGTH, RANK, SEED, hash_step
+from .work import ALPHA, MAX_LENGTH, RANK, SEED, hash_step
 
-DEFAULT = {"per": "8", "recompute": "1", "sort": "0", "free": "0", "base": "fp32"}
+DEFAULT = {"trainer": "trl", "per": "8", "recompute": "1", "sort": "0", "free": "0", "base": "fp32"}
 
 
 def main(folder: Path, out: Path, text: str) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     options = {**DEFAULT, **dict(pair.split("=") for pair in text.split(",") if pair)}
+    batch = json.loads((folder / "work.json").read_text())["batch"]
+    options["per"] = str(min(int(options["per"]), batch))
     trainer, watch, batches = _trainer(folder, options)
     trainer.train()
-    steps = BATCH // int(options["per"])
+    steps = batch // int(options["per"])
     groups = [batches[at : at + steps] for at in range(0, len(batches), steps)][: len(watch.ends)]
     out.write_text(
         json.dumps({"ends": watch.ends, "losses": watch.losses, "peaks": watch.peaks,
@@ -39,8 +42,7 @@ def main(folder: Path, out: Path, text: str) -> None:
 def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict[str, Any]]]:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import TrainerCallback
 
     class Stopwatch(TrainerCallback):
         def __init__(self) -> None:
@@ -63,41 +65,78 @@ def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict
     rows = [row for step in steps for row in step]
     data = Dataset.from_dict({"input_ids": [r["ids"] for r in rows], "completion_mask": [r["mask"] for r in rows]})
     per = int(options["per"])
-    arguments = SFTConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=True,
-        bf16=work["precision"] == "bf16",
-        per_device_train_batch_size=per,
-        gradient_accumulation_steps=BATCH // per,
-        gradient_checkpointing=options["recompute"] == "1",
-        padding_free=options["free"] == "1",
-        max_length=None if options["free"] == "1" else MAX_LENGTH,
-        completion_only_loss=True,
-        max_steps=len(steps),
-        train_sampling_strategy="sequential",
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        seed=SEED,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        model_init_kwargs={"dtype": {"fp32": "float32", "bf16": "bfloat16"}[options["base"]]},
-    )
+    common = {
+        "output_dir": str(folder / "peer"),
+        "use_cpu": True,
+        "bf16": work["precision"] == "bf16",
+        "per_device_train_batch_size": per,
+        "gradient_accumulation_steps": work["batch"] // per,
+        "gradient_checkpointing": options["recompute"] == "1",
+        "max_steps": len(steps),
+        "train_sampling_strategy": "sequential",
+        "learning_rate": work["lr"],
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "seed": SEED,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     watch = Stopwatch()
-    trainer = SFTTrainer(
+    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[options["base"]]
+    make = _plain if options["trainer"] == "plain" else _trl
+    trainer = make(folder, common, options, data, lora if work["method"] == "lora" else None, dtype, watch)
+    if work["method"] == "lora":
+        _take_our_adapter(trainer.model, folder / "adapter")
+    return trainer, watch, _record_batches(trainer)
+
+
+def _trl(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype: str, watch: Any) -> Any:
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
         model=str(folder / "base"),
-        args=arguments,
+        args=SFTConfig(
+            **common,
+            padding_free=options["free"] == "1",
+            max_length=None if options["free"] == "1" else MAX_LENGTH,
+            completion_only_loss=True,
+            model_init_kwargs={"dtype": dtype},
+        ),
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder / "base"),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear"
-        ),
+        peft_config=lora,
         callbacks=[watch],
     )
-    _take_our_adapter(trainer.model, folder / "adapter")
-    return trainer, watch, _record_batches(trainer)
+
+
+def _plain(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype: str, watch: Any) -> Any:
+    """What one writes without TRL: labels by hand, padded to the longest of the device batch."""
+    import torch
+    from peft import get_peft_model
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        masks = [torch.tensor(row["completion_mask"]) == 1 for row in rows]
+        labels = [torch.where(mask, one, -100) for one, mask in zip(ids, masks, strict=True)]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+        }
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype))
+    if lora is not None:
+        model = get_peft_model(model, lora)
+        if options["recompute"] == "1":
+            model.enable_input_require_grads()
+    arguments = TrainingArguments(**common, remove_unused_columns=False)
+    return Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[watch])
 
 
 def _take_our_adapter(model: Any, folder: Path) -> None:

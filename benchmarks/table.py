@@ -11,6 +11,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py and planner.py
+NAMES = {
+    "fitout": "Fitout", "trl default": "TRL, default", "trl best": "TRL, best effort",
+    "trainer best": "transformers Trainer, best effort",
+}  # fmt: skip
+DATA = {
+    "alpaca": "Alpaca rows", "gsm8k": "GSM8K rows", "blocks": "full blocks of 1,024",
+    "shared": "eight answers a prompt", "pairs": "both answers of preference pairs",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -36,15 +44,16 @@ def _section(result: dict[str, Any]) -> str:
     machine, work = result["machine"], result["work"]
     rounds = result["rounds"]
     head = (
-        f"### {work['shape']['parameters'] / 1e6:.1f} M parameters, {result['precision']}\n\n"
+        f"### {work['shape']['parameters'] / 1e6:.1f} M parameters, {result['method']}, "
+        f"{DATA[result['data']]}, {result['precision']}\n\n"
         f"{len(rounds)} rounds of {result['steps']} steps ({result['warmup']} of them warm-up), "
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, trl {machine['trl']}, peft {machine['peft']}; {machine['when']}.\n"
-        f"TRL best: `{result['trl_best']}`.\n\n"
+        f"The peers' best: `{result['trl_best']}`.\n\n"
         "| | supervised tok/s | all tok/s | Fitout is | peak memory | Fitout takes "
         "| start to first step | Fitout takes | largest loss gap |\n|---|---|---|---|---|---|---|---|---|"
     )
-    return "\n".join([head, *(_row(result, side) for side in ("fitout", "trl default", "trl best"))])
+    return "\n".join([head, *(_row(result, side) for side in NAMES if side in rounds[0])])
 
 
 def _planner(result: dict[str, Any]) -> str:
@@ -79,7 +88,7 @@ def _errors(name: str, rows: list[dict[str, Any]]) -> str:
 def _row(result: dict[str, Any], side: str) -> str:
     runs = [r[side] for r in result["rounds"]]
     ours = [r["fitout"] for r in result["rounds"]]
-    name = {"fitout": "Fitout", "trl default": "TRL, default", "trl best": "TRL, best effort"}[side]
+    name = NAMES[side]
     parity = result["parity"].get(side)
     if parity and not parity["same_training"]:
         return f"| {name} | different training | | | | | | | {parity['largest_gap']:.1e} |"

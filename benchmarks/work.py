@@ -7,8 +7,8 @@
     FOLDER/steps.jsonl   for each step its rows, each {ids, mask}: the peer's data, read back from the prepared store
     FOLDER/work.json     sizes and hashes
 
-Run as `python -m benchmarks.work FOLDER SHAPE PRECISION STEPS`, a process of its own, so that making the work leaves no
-trace in the memory that is measured.
+Run as `python -m benchmarks.work FOLDER SHAPE PRECISION STEPS METHOD DATA`, a process of its own, so that making
+the work leaves no trace in the memory that is measured.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-ROWS = SHARED / "llamafactory" / "alpaca_en_demo.json"
 TOKENIZER = SHARED / "tokenizers" / "minimind"
-BATCH, RANK, ALPHA, LR, SEED, MAX_LENGTH = 16, 16, 32, 2e-4, 0, 1024
+RANK, ALPHA, SEED, MAX_LENGTH = 16, 32, 0, 1024
+LR = {"lora": 2e-4, "full": 2e-5}
+PROMPT, ANSWER, ANSWERS = 384, 128, 8  # tokens, tokens, answers to one prompt: the rows of `shared`
+BATCH = {"alpaca": 16, "gsm8k": 16, "blocks": 4, "shared": 8, "pairs": 16}  # examples a step
 SHAPES: dict[str, dict[str, Any]] = {
     "30m": {
         "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -47,16 +49,21 @@ def hash_step(rows: Iterable[Row]) -> str:
     return digest.hexdigest()[:16]
 
 
-def make(folder: Path, shape: str, precision: str, steps: int) -> None:
+def make(folder: Path, shape: str, precision: str, steps: int, method: str, data: str) -> None:
     base = _make_base(folder / "base", shape)
-    _make_adapter(folder / "base", folder / "adapter")
-    recipe = _make_recipe(folder, precision, steps)
+    if method == "lora":
+        _make_adapter(folder / "base", folder / "adapter")
+    recipe = _make_recipe(folder, precision, steps, method, data)
     rows = _prepare(folder, recipe, steps)
     facts = {
         "shape": {**SHAPES[shape], "tied": True, "parameters": base},
         "precision": precision,
+        "method": method,
+        "data": data,
+        "batch": BATCH[data],
+        "lr": LR[method],
         "weights_sha256": _sha256(folder / "base" / "model.safetensors"),
-        "adapter_sha256": _sha256(folder / "adapter" / "adapter_model.safetensors"),
+        "adapter_sha256": _sha256(folder / "adapter" / "adapter_model.safetensors") if method == "lora" else None,
         "rows_sha256": _sha256(folder / "steps.jsonl"),
         "steps": [
             {
@@ -102,38 +109,81 @@ def _make_adapter(base: Path, folder: Path) -> None:
     method.save(model, folder, base=str(base))
 
 
-def _make_recipe(folder: Path, precision: str, steps: int) -> Path:
+def _make_recipe(folder: Path, precision: str, steps: int, method: str, data: str) -> Path:
     """Data preparation is done once, before the clock; the prepared data are found by their fingerprint."""
     import yaml
 
     recipe = {
         "name": "benchmark",
-        "model": {"base": str(folder / "base"), "adapter": str(folder / "adapter")},
+        "model": {"base": str(folder / "base")},
         "data": {
-            "sources": [{"path": str(ROWS), "format": "alpaca"}],
+            "sources": [_source(data, folder)],
             "split": {"train": 1.0, "validation": 0.0, "test": 0.0},
             "max_length": MAX_LENGTH,
         },
-        "method": {"kind": "lora", "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": "all-linear"},
+        "method": {"kind": "full"},
+        "objective": {"kind": "pretrain" if data == "blocks" else "sft"},
         "train": {
-            "max_steps": steps, "lr": LR, "schedule": "constant", "warmup": 0, "batch_size": BATCH, "clip": 1.0,
-            "precision": precision, "seed": SEED, "save_every": 1_000_000, "listeners": [],
+            "max_steps": steps, "lr": LR[method], "schedule": "constant", "warmup": 0, "batch_size": BATCH[data],
+            "clip": 1.0, "precision": precision, "seed": SEED, "save_every": 1_000_000, "listeners": [],
         },
     }  # fmt: skip
+    if method == "lora":
+        recipe["model"]["adapter"] = str(folder / "adapter")
+        recipe["method"] = {"kind": "lora", "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": "all-linear"}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
+def _source(data: str, folder: Path) -> dict[str, Any]:
+    """Where the rows of a data set come from; those that are made of others are written into `folder`."""
+    if data == "alpaca":
+        return {"path": str(SHARED / "llamafactory" / "alpaca_en_demo.json"), "format": "alpaca"}
+    if data == "gsm8k":
+        columns = {"prompt": "question", "completion": "answer"}
+        path = str(SHARED / "gsm8k" / "train.jsonl")
+        return {"path": path, "format": "prompt_completion", "columns": columns, "limit": 1000}
+    if data == "blocks":
+        return {"path": str(SHARED / "text" / "Cbronte_Jane_1847.txt"), "format": "text"}
+    rows = _pairs() if data == "pairs" else _shared_prompts(folder / "base")
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    return {"path": str(path), "format": "prompt_completion"}
+
+
+def _pairs() -> Iterable[tuple[str, str]]:
+    """Both answers of preference pairs with one question, each as a sample."""
+    for row in json.loads((SHARED / "llamafactory" / "dpo_en_demo.json").read_text()):
+        if len(row["conversations"]) == 1:
+            for answer in ("chosen", "rejected"):
+                yield row["conversations"][0]["value"], row[answer]["value"]
+
+
+def _shared_prompts(base: Path) -> Iterable[tuple[str, str]]:
+    """Eight answers to each prompt: consecutive pieces of a novel, cut to PROMPT and ANSWER tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer((SHARED / "text" / "Dickens_Expectations_1861.txt").read_text()[:400_000])["input_ids"]
+    piece = PROMPT + ANSWERS * ANSWER
+    for start in range(0, len(ids) - piece, piece):
+        cuts = [start + PROMPT + ANSWER * n for n in range(ANSWERS + 1)]
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            yield tokenizer.decode(ids[start : cuts[0]]), tokenizer.decode(ids[a:b])
+
+
 def _prepare(folder: Path, recipe: Path, steps: int) -> list[list[Row]]:
     """Fitout's own preparation, then the rows of each step read back from its store for the peer."""
+    import yaml
+
     from fitout import config, verbs
     from fitout.data.batches import Batches
     from fitout.data.store import Part
 
     run = verbs.prepare(config.load(recipe), out=folder / "prepared")
     part = Part(run.data / "train.arrow")
-    batches = Batches(part, batch_size=BATCH, seed=SEED)
+    batches = Batches(part, batch_size=yaml.safe_load(recipe.read_text())["train"]["batch_size"], seed=SEED)
     rows = []
     with open(folder / "steps.jsonl", "w", encoding="utf-8") as file:
         for step in range(steps):
@@ -150,4 +200,4 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    make(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5], sys.argv[6])

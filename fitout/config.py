@@ -119,6 +119,8 @@ def _anchor_paths(recipe: Recipe, folder: Path) -> None:
         recipe.model.adapter = anchored(recipe.model.adapter)
     if recipe.chat.template.endswith(".jinja"):
         recipe.chat.template = anchored(recipe.chat.template)
+    if recipe.train.parallel.endswith((".json", ".yaml", ".yml")):
+        recipe.train.parallel = anchored(recipe.train.parallel)
     if recipe.evaluate.retention not in ("default", "off"):
         recipe.evaluate.retention = anchored(recipe.evaluate.retention)
 

@@ -16,41 +16,49 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .errors import RunExistsError
-from .files import explain_os_errors, make_folder
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Holds the lock file `path` for this process. Raises RunExistsError when another process has it."""
-    with explain_os_errors(path, "lock"):
-        make_folder(path.parent)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    claim = None
-    try:
-        with explain_os_errors(path, "lock"):
+class Lock:
+    """The lock file `path`, held by this process until `release` (or the end of a `with`).
+
+    Raises RunExistsError when another process has it, OSError for what the file system says.
+    """
+
+    def __init__(self, path: Path):
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._claim: Path | None = None
+        try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _taken(path, _read(path)) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                claim = _claim(path)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(_me()).encode(), 0)
-        yield
-    finally:
-        if claim:
-            claim.unlink(missing_ok=True)
-        os.close(handle)
+                self._claim = _claim(path)
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, json.dumps(_me()).encode(), 0)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        if self._claim:
+            self._claim.unlink(missing_ok=True)
+        os.close(self._handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def is_held(path: Path) -> bool:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import read_json, write_json
-from .lock import held
+from .files import explain_os_errors, make_folder, read_json, write_json
+from .lock import Lock
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class RunDir:
     @property
     def status(self) -> Path:
         return self.path / "run.json"
+
+    @property
+    def repairs(self) -> Path:
+        return self.path / "repairs.jsonl"
 
     @property
     def lock_file(self) -> Path:
@@ -52,6 +56,10 @@ class RunDir:
         return self.data / "report.json"
 
     @property
+    def data_details(self) -> Path:
+        return self.data / "details.json"
+
+    @property
     def data_page(self) -> Path:
         return self.data / "report.html"
 
@@ -65,12 +73,17 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def services(self) -> Path:
+        """The ids under which W&B and MLflow know the run."""
+        return self.path / "services.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def stacks(self, rank: int = 0) -> Path:
-        """Where every thread of a process stood that did not move any more."""
-        return self.path / (f"stacks-{rank}.txt" if rank else "stacks.txt")
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     # results
     @property
@@ -108,6 +121,10 @@ class RunDir:
     def exists(self) -> bool:
         return self.status.exists()
 
+    def has_training(self) -> bool:
+        """Whether anything trained is in it: a checkpoint, or what a run ends with. Prepared data alone are not."""
+        return any(self.checkpoints.glob("step-*")) or self.adapter.exists() or self.model.exists()
+
     def read_status(self) -> dict[str, Any]:
         return read_json(self.status) if self.status.exists() else {}
 
@@ -120,5 +137,8 @@ class RunDir:
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Holds the run directory for this process; a second one is refused. The lock dies with its holder."""
-        with held(self.lock_file):
+        with explain_os_errors(self.path, "lock the run directory"):
+            make_folder(self.path)
+            lock = Lock(self.lock_file)
+        with lock:
             yield

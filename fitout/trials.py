@@ -246,7 +246,7 @@ class Trials:
         for file in sorted(files, key=lambda file: file.name == "fingerprint.json"):
             target = run.data / file.name
             target.unlink(missing_ok=True)
-            if trial.stage == "runs" or not file.name.startswith("test."):
+            if trial.stage == "runs" or not file.name.startswith(("test.", "details.", "report.html")):
                 _link(file, target)
             elif file.suffix == ".arrow":
                 write_part(target, [])

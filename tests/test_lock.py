@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from fitout import lock
-from fitout.errors import RunExistsError
+from fitout.errors import FitoutError, RunExistsError
+from fitout.rundir import RunDir
 
 HOLD = """
 import pathlib, sys, time
 from fitout import lock
 {without}
-with lock.held(pathlib.Path(sys.argv[1])):
+with lock.Lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     {inside}
     time.sleep(60)
@@ -52,29 +53,29 @@ def without(request, monkeypatch):
 
 
 def test_a_second_one_is_refused_and_a_killed_one_forgotten(tmp_path, without):
-    path = tmp_path / "run" / ".lock"
+    path = tmp_path / ".lock"
     assert not lock.is_held(path)
     process = holder(path, without=without)
     try:
         assert lock.is_held(path)
-        with pytest.raises(RunExistsError, match=f"process {process.pid} on .*, since 20") as error, lock.held(path):
+        with pytest.raises(RunExistsError, match=f"process {process.pid} on .*, since 20") as error, lock.Lock(path):
             pass
         assert error.value.harm and "Wait for it" in error.value.hint
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not lock.is_held(path)
-    with lock.held(path):
+    with lock.Lock(path):
         assert lock.is_held(path)
     assert not lock.is_held(path)
-    with lock.held(path):
+    with lock.Lock(path):
         pass
 
 
 def test_the_lock_goes_when_the_work_fails(tmp_path, without):
-    with pytest.raises(ZeroDivisionError), lock.held(tmp_path / ".lock"):
+    with pytest.raises(ZeroDivisionError), lock.Lock(tmp_path / ".lock"):
         raise ZeroDivisionError
-    with lock.held(tmp_path / ".lock"):
+    with lock.Lock(tmp_path / ".lock"):
         pass
 
 
@@ -85,7 +86,7 @@ def test_what_a_dead_holder_started_is_told_apart(tmp_path):
     process.wait()
     try:
         gone = pytest.raises(RunExistsError, match="it is gone, but a process that it started")
-        with gone as error, lock.held(tmp_path / ".lock"):
+        with gone as error, lock.Lock(tmp_path / ".lock"):
             pass
         assert "fuser" in error.value.hint
     finally:
@@ -114,13 +115,12 @@ def test_stale_or_not_where_there_are_no_locks(tmp_path, monkeypatch, changes, s
     (tmp_path / ".lock.claim").write_text(json.dumps({**lock._me(), **changes}))
     assert lock.is_held(path) is not stale
     if stale:
-        with lock.held(path):
-            assert json.loads((tmp_path / ".lock.claim").read_text()) == lock._me() | {
-                "since": json.loads(path.read_text())["since"]
-            }
+        with lock.Lock(path):
+            told = json.loads((tmp_path / ".lock.claim").read_text())
+            assert told == lock._me() | {"since": told["since"]}
         assert not (tmp_path / ".lock.claim").exists()
     else:
-        with pytest.raises(RunExistsError) as error, lock.held(path):
+        with pytest.raises(RunExistsError) as error, lock.Lock(path):
             pass
         assert ("remove" in error.value.hint) == ("another-machine" in str(changes))
         assert (tmp_path / ".lock.claim").exists()
@@ -131,6 +131,6 @@ def test_other_errors_of_the_file_system_are_told(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(Exception, match="Input/output error") as error, lock.held(tmp_path / ".lock"):
+    with pytest.raises(FitoutError, match="Input/output error") as error, RunDir(tmp_path / "run").owned():
         pass
-    assert str(tmp_path / ".lock") in str(error.value)
+    assert str(tmp_path / "run") in error.value.where

@@ -75,7 +75,9 @@ def _open(base: str, revision: str | None, trust_remote_code: bool) -> Any:
         raise ModelError(
             f"the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}",
             where=base,
-            hint="The folder or hub id must hold tokenizer.json and tokenizer_config.json.",
+            hint="The folder must hold tokenizer.json and tokenizer_config.json."
+            if Path(base).exists()
+            else "Check the hub id; the network, HF_TOKEN (gated models) and HF_ENDPOINT (a mirror).",
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(

@@ -97,13 +97,13 @@ def check(wishes: Wishes) -> None:
         want = "texts, which have no answers" if seen.plain else f"conversations ({seen.form}), not plain text"
         raise RequestError(
             f"--aim {aim} does not go with these data: they are {want}",
-            where=str(seen.path),
+            where=seen.path,
             hint="Leave --aim out: it is taken from the data.",
         )
     if aim == "labels" and not seen.labels:
         raise RequestError(
             "these answers are no label set: too many differ, or too few come again",
-            where=str(seen.path),
+            where=seen.path,
             hint="Take --aim form, or set evaluate.choices yourself.",
         )
 
@@ -130,7 +130,7 @@ def advise(wishes: Wishes) -> Advice:
         _export(kind),
     ]  # fmt: skip
     about = [
-        f"Data: {seen.path.name}, {seen.told()}.",
+        f"Data: {seen.path.rpartition('/')[2]}, {seen.told()}.",
         f"Model: {base.name}: {base.note}.",
         f"Aim: {AIMS[aim]}" + ("." if wishes.aim else " (by the look of the data; --aim says otherwise)."),
         *([KNOWLEDGE] if aim == "knowledge" else []),
@@ -143,7 +143,7 @@ def advise(wishes: Wishes) -> Advice:
 
 
 def _data(seen: Seen, base: Base, lengths: Lengths | None) -> Iterator[Key]:
-    yield Key("data", "sources", f"[{{path: {_text(str(seen.path))}}}]",
+    yield Key("data", "sources", f"[{{path: {_text(seen.path)}}}]",
               f"read as {seen.form}; {{path: ..., split: test}} makes a file of its own the test part")  # fmt: skip
     shares, why = _split(seen)
     train, validation, test = shares

@@ -22,6 +22,11 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YA
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, runs/NAME")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Out = Annotated[Path | None, typer.Option(help="the run directory (default: runs/NAME)")]
+Processes = Annotated[int, typer.Option(min=1, help="ranks on this machine; one for each GPU")]
+Nodes = Annotated[int, typer.Option(min=1, help="machines that run this same command")]
+Rendezvous = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="with --nodes: the first machine, where all meet")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of drawing")]
 
 
@@ -41,8 +46,10 @@ def demo(out: Out = None, json: Json = False) -> None:
 @app.command()
 def init(
     data: Annotated[
-        Path | None,
-        typer.Argument(metavar="[DATA]", help="a data file or folder; without it, on a terminal, you are asked"),
+        str | None,
+        typer.Argument(
+            metavar="[DATA]", help="a data file, folder or hub id; without it, on a terminal, you are asked"
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="a folder, a hub id, or embedded:shell (default: embedded:shell)")
@@ -72,8 +79,18 @@ def init(
 
 
 @app.command()
-def run(recipe: RecipeFile, changes: Changes = None, out: Out = None, json: Json = False) -> None:
+def run(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    out: Out = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+    rendezvous: Rendezvous = None,
+    json: Json = False,
+) -> None:
     """Prepares, trains, evaluates and merges; goes on where it stopped."""
+    if processes > 1 or nodes > 1 or rendezvous:
+        _as_ranks("run", recipe, changes, out, processes, nodes, rendezvous, ["--json"] if json else [])
     from .. import verbs
     from ..config import load
     from .screen import open_screen
@@ -116,9 +133,15 @@ def train(
     changes: Changes = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that exists")] = False,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+    rendezvous: Rendezvous = None,
     json: Json = False,
 ) -> None:
     """One training run into runs/NAME."""
+    if processes > 1 or nodes > 1 or rendezvous:
+        more = (["--resume"] if resume else []) + (["--json"] if json else [])
+        _as_ranks("train", recipe, changes, out, processes, nodes, rendezvous, more)
     from .. import verbs
     from ..config import load
     from .screen import open_screen
@@ -126,6 +149,28 @@ def train(
     with open_screen(json) as screen:
         directory = verbs.train(load(recipe, changes), out=out, resume=resume, screen=screen.verbs)
         screen.show_run(directory)
+
+
+def _as_ranks(
+    verb: str,
+    recipe: Path,
+    changes: list[str] | None,
+    out: Path | None,
+    processes: int,
+    nodes: int,
+    rendezvous: str | None,
+    more: list[str],
+) -> None:
+    """The same command in several processes; ends this one with their exit code. A recipe's mistakes are told once."""
+    from ..config import load
+    from ..rundir import RunDir
+    from .launch import launch
+
+    name = load(recipe, changes).name
+    arguments = [verb, str(recipe), *(f"--set={change}" for change in changes or [])]
+    arguments += [f"--out={out}"] if out else []
+    directory = RunDir(out or Path("runs") / name)
+    raise typer.Exit(launch([*arguments, *more], directory, processes=processes, nodes=nodes, rendezvous=rendezvous))
 
 
 @app.command()
@@ -325,7 +370,7 @@ def doctor(
 
 @data_app.command("check")
 def data_check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="data files or folders")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="data files, folders or hub ids")],
     format: Annotated[str | None, typer.Option(help="the row format (default: detected)")] = None,
     json: Json = False,
 ) -> None:
@@ -350,6 +395,108 @@ def data_prepare(recipe: RecipeFile, changes: Changes = None, out: Out = None, j
         screen.show_data(directory)
 
 
+Tool = Annotated[str, typer.Argument(metavar="TOOL", help="label-studio or doccano")]
+ServerUrl = Annotated[
+    str | None, typer.Option(help="the server (default: LABEL_STUDIO_URL or DOCCANO_URL, else its usual port here)")
+]
+
+
+@data_app.command("push")
+def data_push(
+    tool: Tool,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="questions, or samples whose answers are to be corrected")
+    ],
+    title: Annotated[str | None, typer.Option(help="the project's title (default: the file's name)")] = None,
+    url: ServerUrl = None,
+    format: Annotated[str | None, typer.Option(help="the row format (default: detected)")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="JSON or YAML of task labels, {task: [sub-task, ...]} (default: those of the data)"),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="doccano: answers or labels")] = "answers",
+    annotators: Annotated[int, typer.Option(min=1, help="how many are to answer each task")] = 1,
+    draft: Annotated[
+        str | None, typer.Option(metavar="RUN_MODEL_OR_URL", help="who answers first, to be corrected")
+    ] = None,
+    draft_model: Annotated[str | None, typer.Option(help="the model's name at the drafting server")] = None,
+    json: Json = False,
+) -> None:
+    """Makes a project in an annotation tool and sends it tasks; credentials come from the environment."""
+    from .annotate import push
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        push(tool, file, title, url, format, labels, kind, annotators, draft, draft_model, screen)
+
+
+@data_app.command("pull")
+def data_pull(
+    tool: Tool,
+    project: Annotated[int | None, typer.Argument(metavar="[PROJECT]", help="the project's number")] = None,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="where answers and agreement go")] = Path("annotated"),
+    rule: Annotated[str, typer.Option(help="of several answers: majority, best-rated or reviewer")] = "majority",
+    url: ServerUrl = None,
+    file: Annotated[Path | None, typer.Option(help="a Label Studio JSON export instead of a server")] = None,
+    json: Json = False,
+) -> None:
+    """Brings answers back: one for each task by a rule, with annotator, time and rating; and how far people agree."""
+    from .annotate import pull
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        pull(tool, project, to, rule, url, file, screen)
+
+
+@data_app.command("repair")
+def data_repair(
+    recipe: RecipeFile,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE", help="accept the suggested repairs of this rule (again for more), or of `all`"),
+    ] = None,
+    changes: Changes = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Suggests repairs of quarantined rows and lets accepted ones in again; edit repairs.jsonl to write your own."""
+    from .. import verbs
+    from ..config import load
+    from .inspect import show_repairs
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        show_repairs(verbs.repair(load(recipe, changes), accept=accept or [], out=out, screen=screen.verbs), screen)
+
+
+@data_app.command("export")
+def data_export(
+    recipe: RecipeFile,
+    form: Annotated[str, typer.Option("--format", help="openai, alpaca, sharegpt, hf or label-studio")] = "openai",
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="a new folder (default: NAME-FORMAT)")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="openai: price of a million training tokens, for the cost of an epoch")
+    ] = None,
+    longest: Annotated[int, typer.Option(min=1, help="openai: tokens a line may have")] = 65_536,
+    changes: Changes = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Writes the prepared data in the form of another tool, checked by its rules; what does not fit is counted."""
+    from .. import verbs
+    from ..config import load
+    from .annotate import draw_written
+    from .screen import open_screen
+
+    with open_screen(json) as screen:
+        draw_written(
+            verbs.export_data(
+                load(recipe, changes), form, to, price=price, longest=longest, out=out, screen=screen.verbs
+            ),
+            screen,
+        )
+
+
 @data_app.command("xray")
 def data_xray(
     recipe: RecipeFile,
@@ -371,8 +518,12 @@ def data_xray(
 
 def main() -> None:
     """The entry point: a user's mistake ends in a short message and its exit code, never in a traceback."""
+    import os
+
     from ..errors import FitoutError
 
+    if "LOCAL_RANK" in os.environ:  # the deepspeed launcher says the local rank in an argument too
+        sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
         app(standalone_mode=True)
     except FitoutError as error:
@@ -383,11 +534,20 @@ def main() -> None:
 
 
 def _complain(error: Any) -> None:
+    import os
+
     from rich.console import Console
     from rich.text import Text
 
+    from ..errors import Stopped
+
     console = Console(stderr=True, highlight=False)
     first, *rest = error.lines()
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if isinstance(error, Stopped):  # the first rank says it
+            return
+        first = f"rank {rank}: {first}"
     console.print(Text.assemble(("error ", "bold red"), first), soft_wrap=True)
     for line in rest:
         console.print(Text("      " + line), soft_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import typer
@@ -25,7 +24,7 @@ def on_a_terminal() -> bool:
 
 def ask(model: str | None, method: str | None, machine: str | None, aim: str | None) -> Wishes:
     """Asks for the data and for what was not given. Ends with typer.Abort when the answers end."""
-    seen = _until_good("Your data: a file or a folder", None, _data)
+    seen = _until_good("Your data: a file, a folder or a hub id (hf://owner/name)", None, _data)
     base = look_at_model(model) if model else _until_good(
         "\nThe base model: a folder, a hub id (owner/name), or the one in the box", EMBEDDED, _model
     )  # fmt: skip
@@ -49,7 +48,7 @@ def _until_good(question: str, default: str | None, look: Callable[[str], T]) ->
 
 
 def _data(answer: str) -> Seen:
-    seen = look_at_data(Path(answer).expanduser())
+    seen = look_at_data(answer)
     typer.echo(f"  {seen.told()}")
     return seen
 

@@ -54,17 +54,22 @@ def _installed(package: str) -> str | None:
 
 
 def isolation(name: str) -> dict[str, str]:
-    """Packs documents, changes one, and looks whether the others' logits move."""
-    from ..model.attention import documents_apart
+    """Whether packed attention computes what the model's own does, and documents in a pack are apart: changes one and
+    looks whether the others' logits move."""
+    from ..model import varlen
+    from ..model.attention import NAME, unlike_own, why_not_packed
     from ..model.load import load_base, resolve
     from ..objectives.base import plain_head
 
     model = load_base(resolve(name).base)
-    moved = documents_apart(model)
+    why = why_not_packed(model)
+    packed = f"NOT used: {why}; samples are computed one by one"
+    if why is None:
+        gap = unlike_own(model, NAME)
+        packed = f"documents do not see each other; logits are within {gap:.1g} of the model's own attention"
     return {
         "model": name,
-        "packing": "documents do not see each other"
-        if moved == 0
-        else f"NOT isolated (logits moved by {moved}): samples are computed one by one",
+        "packing": packed,
+        **{f"varlen kernel on {device}": f"not used: {reason}" for device, reason in varlen.unused.items()},
         "head": "plain: loss in chunks" if plain_head(model) else "its own forward computes the logits",
     }

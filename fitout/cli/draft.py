@@ -20,13 +20,13 @@ def refuse(to: Path) -> None:
         raise RequestError("this file exists already", where=str(to), hint="Choose another with --to.")
 
 
-def look(data: Path | None, model: str | None, method: str | None, machine: str | None, aim: str | None) -> Wishes:
+def look(data: str | None, model: str | None, method: str | None, machine: str | None, aim: str | None) -> Wishes:
     """The wishes of the command line, looked at."""
     if data is None:
         raise RequestError(
             "which data? There is no terminal to ask on",
             where="fitout init",
-            hint="Name them: fitout init DATA, a file or a folder.",
+            hint="Name them: fitout init DATA, a file, a folder or a hub id.",
         )
     wishes = Wishes(look_at_data(data), look_at_model(model or EMBEDDED), machine, aim, method)
     check(wishes)
@@ -38,7 +38,7 @@ def write_recipe(wishes: Wishes, to: Path) -> Advice:
     from ..config import load
 
     advice = advise(wishes)
-    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in wishes.seen.path.stem).strip("-._")
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in wishes.seen.stem).strip("-._")
     name = stem if stem.isascii() and stem else "my-run"
     about = [textwrap.fill(line, 116, initial_indent="# ", subsequent_indent="#   ") for line in (HEAD, *advice.about)]
     refuse(to)

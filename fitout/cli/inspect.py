@@ -11,22 +11,23 @@ from ..files import write_text
 
 if TYPE_CHECKING:
     from ..verbs import Xray
+    from ..verbs.preparing import Repaired
     from .screen import Terminal
 
 
-def check_files(files: list[Path], format: str | None, screen: Terminal) -> int:
+def check_files(files: list[str], format: str | None, screen: Terminal) -> int:
     """Findings of each file; returns how many are errors."""
     import json
 
-    from ..data import SourceSettings
     from ..data.lint import check_source
+    from ..data.sources import named
     from .screen import draw_findings
 
     errors, told = 0, {}
     for file in files:
-        found = check_source(SourceSettings(path=str(file), format=format), Path())
+        found = check_source(named(file, format), Path())
         errors += sum(one.count for one in found if one.severity == "error")
-        told[str(file)] = [
+        told[file] = [
             {
                 "severity": f.severity,
                 "code": f.code,
@@ -37,11 +38,35 @@ def check_files(files: list[Path], format: str | None, screen: Terminal) -> int:
             for f in found
         ]
         if not screen.machine:
-            screen.console.print(Text(str(file), style="bold"))
+            screen.console.print(Text(file, style="bold"))
             screen.console.print(draw_findings(found))
     if screen.machine:
         print(json.dumps({"errors": errors, "files": told}, ensure_ascii=False))
     return errors
+
+
+def show_repairs(done: Repaired, screen: Terminal) -> None:
+    """The rules that rows are quarantined under, what could be repaired, and how to accept it."""
+    import json
+    from dataclasses import asdict
+
+    if screen.machine:
+        print(json.dumps({**asdict(done), "path": str(done.path)}, ensure_ascii=False))
+        return
+    for rule in done.rules:
+        screen.say(
+            f"{rule['rule']}: {rule['quarantined']:,} quarantined, {rule['suggested']:,} with a suggested repair, "
+            f"{rule['accepted']:,} accepted"
+        )
+        if rule["example"]:
+            for name in ("where", "how", "before", "after"):
+                screen.say(f"  {name:<7}{rule['example'][name]}")
+    if done.admitted:
+        screen.say(f"{done.admitted:,} accepted repairs went in again")
+    waiting = sum(rule["suggested"] - rule["accepted"] for rule in done.rules)
+    if waiting > 0:
+        screen.say("accept suggestions with --accept RULE or --accept all; or one by one, in your own words, in")
+        screen.say(f"{done.path} (`accept`: true, and the row under `row`), then run this command again")
 
 
 def show_xray(view: Xray, row: int | None, rows: int, html: Path | None, screen: Terminal) -> None:

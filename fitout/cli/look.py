@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data import HUB_ID
 from ..errors import DataError, ModelError, RequestError
 from ..model.shape import Shape, read_shape
 
@@ -27,13 +28,19 @@ class Seen:
     """A data file or folder: every row was read and converted once. `labels` are the different answers, most frequent
     first, when they are few and come again and again; empty otherwise."""
 
-    path: Path
+    path: str  # absolute, or a hub id
     form: str
     samples: int
     bad: int
     labels: tuple[str, ...]
     answer_characters: float  # of a middling answer
     characters: float  # of an average sample
+
+    @property
+    def stem(self) -> str:
+        """A short name: of the file without its endings, or of the hub's data set."""
+        hub = HUB_ID.fullmatch(self.path)
+        return hub["name"].rpartition("/")[2] if hub else Path(Path(self.path).name.removesuffix(".gz")).stem
 
     @property
     def plain(self) -> bool:
@@ -72,35 +79,36 @@ class Lengths:
     too_long: int
 
 
-def look_at_data(path: Path) -> Seen:
-    """Reads every row. Raises DataError when nothing is there, the form is not known, or nothing trains on it."""
-    from ..chat.types import Conversation, Text
-    from ..data import SourceSettings
-    from ..data.formats import RowError, choose
-    from ..data.sources import RawRow, probe, read
+def look_at_data(path: str) -> Seen:
+    """Reads every row of a file, a folder or a hub id. Raises DataError when nothing is there, the form is not known,
+    or nothing trains on it."""
+    from ..chat.types import Pair, Text
+    from ..data.formats import Refused, choose, convert
+    from ..data.sources import RawRow, named, probe, read
 
-    source = SourceSettings(path=str(path))
-    plug = choose(probe(source, Path()), where=str(path))
-    if plug.name == "preference":
-        raise DataError(
-            "these are preference pairs, and no objective trains on them yet",
-            where=str(path),
-            hint="Give questions with one answer each, or plain text.",
-        )
+    source = named(path)
+    plug = choose(probe(source, Path()), where=path)
     samples = bad = characters = 0
     answers: Counter[str] = Counter()
     sizes = []
     for row in read(source, Path()):
-        try:
-            found = list(plug.convert(row.row, row.origin, None)) if isinstance(row, RawRow) else []
-        except RowError:
-            found = []
-        bad += not found
-        for sample in found:
+        if not isinstance(row, RawRow):
+            bad += 1
+            continue
+        for sample in convert(plug, row):
+            if isinstance(sample, Refused):
+                bad += 1
+                continue
             samples += 1
+            if isinstance(sample, Pair):
+                raise DataError(
+                    "these are preference pairs, and no objective trains on them yet",
+                    where=path,
+                    hint="Give questions with one answer each, or plain text.",
+                )
             if isinstance(sample, Text):
                 characters += len(sample.text)
-            elif isinstance(sample, Conversation):
+            else:
                 answer = sample.messages[-1].content
                 characters += sum(len(message.content) for message in sample.messages)
                 if samples <= LOOKED_AT:
@@ -108,11 +116,12 @@ def look_at_data(path: Path) -> Seen:
                 if len(answers) <= MOST_LABELS:
                     answers[answer.strip()] += 1
     if not samples:
-        raise DataError(f"none of its {bad:,} rows is a sample", where=str(path), hint=f"See: fitout data check {path}")
+        raise DataError(f"none of its {bad:,} rows is a sample", where=path, hint=f"See: fitout data check {path}")
     few = 2 <= len(answers) <= min(MOST_LABELS, samples / 5)
     labels = tuple(label for label, _ in answers.most_common() if label) if few else ()
     middling = median(sizes) if sizes else 0.0
-    return Seen(path.resolve(), plug.name, samples, bad, labels, middling, characters / samples)
+    lasting = path if HUB_ID.fullmatch(path) else str(Path(path).expanduser().resolve())
+    return Seen(lasting, plug.name, samples, bad, labels, middling, characters / samples)
 
 
 def look_at_model(name: str) -> Base:
@@ -166,7 +175,7 @@ def measure(seen: Seen, base: Base) -> Lengths | None:
         "name": "look",
         "model": {"base": base.folder},
         "data": {
-            "sources": [{"path": str(seen.path), "limit": LOOKED_AT}],
+            "sources": [{"path": seen.path, "limit": LOOKED_AT}],
             "split": {"train": 1, "validation": 0, "test": 0},
             "max_length": block(limit) if seen.plain else limit,
         },

@@ -73,6 +73,8 @@ class Terminal:
         """Where everything is, the scores when there are any, and what to do next."""
         status = directory.read_status()
         if self.machine:
+            if self.console.quiet:  # another rank than the first
+                return
             print(json.dumps({"run": str(directory.path), **status, **_scores(directory)}, ensure_ascii=False))
             return
         if directory.evaluation_report.exists():

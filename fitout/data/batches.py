@@ -1,7 +1,10 @@
 """Which samples make each step, and the layouts they become. (seed, epoch) fixes the order; position is one integer.
 
-    rows --order(seed, epoch)--> groups --batch_size or batch_tokens--> the rows of step k
+    rows --the same prompt--> groups --order(seed, epoch), batch_size or batch_tokens--> step k
     rows of step k --pack--> micro-batches under a token budget --lay_out--> Layouts
+
+What is shuffled is a group: the answers to one prompt are trained in one step where they fit, so that it computes their
+prompt once. All steps of an epoch but the last have `batch_size` examples.
 
 Packing happens inside a step only. So the loss of a step does not depend on the budget, on the number of ranks, or on
 whether samples are packed at all.
@@ -11,13 +14,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import lru_cache
+from hashlib import blake2b
 
 import numpy as np
 
 from ..errors import RequestError
 from ..layout import Layout
-from .pack import lay_out, pack
+from .pack import MIN_SHARED, lay_out, pack
 from .store import Part
+
+UNFINISHED = 16  # steps that wait for a group of the right size
 
 
 class Batches:
@@ -44,30 +50,32 @@ class Batches:
             )
         starts = np.flatnonzero(np.diff(part.groups, prepend=part.groups[0] - 1))
         ends = np.append(starts[1:], len(part))
-        self._group_rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]
+        self._examples = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]  # a conversation's samples
+        self._groups = _same_prompt(part, starts)  # also without packing: steps are the same ones
         self._epoch_starts = [0]  # the first step of each epoch, as far as it was needed
 
     @lru_cache(maxsize=2)  # noqa: B019 - one object a run
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of each step of an epoch."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self._group_rows))
+        shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self._groups))
+        groups = [self._groups[at] for at in shuffled]
         if self.batch_tokens is None:
-            cuts = [list(order[at : at + self.batch_size]) for at in range(0, len(order), self.batch_size)]
+            cuts = _by_count(groups, self.batch_size)
         else:
-            cuts = self._by_tokens(order, self.batch_tokens)
-        return [np.concatenate([self._group_rows[g] for g in cut]) for cut in cuts]
+            cuts = self._by_tokens([example for group in groups for example in group], self.batch_tokens)
+        return [np.concatenate([self._examples[at] for at in cut]) for cut in cuts]
 
-    def _by_tokens(self, order: np.ndarray, budget: int) -> list[list[int]]:
-        """Groups in order, up to `budget` tokens a step (at least one group)."""
+    def _by_tokens(self, order: list[int], budget: int) -> list[list[int]]:
+        """Examples in order, up to `budget` tokens a step (at least one example)."""
         lengths = self.part.lengths
         steps: list[list[int]] = []
         full = budget + 1
-        for group in order:
-            size = int(lengths[self._group_rows[group]].sum())
+        for example in order:
+            size = int(lengths[self._examples[example]].sum())
             if full + size > budget:
                 steps.append([])
                 full = 0
-            steps[-1].append(group)
+            steps[-1].append(example)
             full += size
         return steps
 
@@ -110,6 +118,51 @@ class Batches:
             apart += int(self.part.lengths[rows].sum())
             computed += sum(layout.tokens for layout in layouts_of(self.part, rows, budget, packing=self.packing))
         return apart, computed
+
+
+def _by_count(groups: list[list[int]], size: int) -> list[list[int]]:
+    """Steps of `size` examples each (the last may have fewer). A group goes whole into the first of a few unfinished
+    steps that has room for it; where none has, the oldest is filled with a part of it."""
+    steps: list[list[int]] = []
+    unfinished: list[list[int]] = []
+    for group in groups:
+        whole = len(group) - len(group) % size
+        steps += [group[at : at + size] for at in range(0, whole, size)]
+        rest = group[whole:]
+        if not rest:
+            continue
+        step = next((step for step in unfinished if len(step) + len(rest) <= size), None)
+        if step is None and len(unfinished) == UNFINISHED:
+            room = size - len(unfinished[0])
+            steps.append(unfinished.pop(0) + rest[:room])
+            rest = rest[room:]
+        if step is None:
+            step = []
+            unfinished.append(step)
+        step += rest
+        if len(step) == size:
+            unfinished.remove(step)
+            steps.append(step)
+    left = [example for step in unfinished for example in step]
+    return steps + [left[at : at + size] for at in range(0, len(left), size)]
+
+
+def _same_prompt(part: Part, starts: np.ndarray) -> list[list[int]]:
+    """Examples (by number; example n begins at row starts[n]) grouped by all that stands before their first trained
+    token, in order of appearance. A prompt too short to be worth sharing makes no group, and a sample that is there
+    twice (a source's weight) is in two groups, so that it is not seen twice at once."""
+    found: dict[bytes, list[int]] = {}
+    seen: dict[bytes, int] = {}
+    for example, row in enumerate(starts.tolist()):
+        ids, trained = part.ids(row), part.train_on(row)[1:]
+        length = 1 + int(trained.argmax()) if len(trained) else 0
+        key = b"%d" % example
+        if length >= MIN_SHARED:
+            whole, prompt = (blake2b(part.tobytes(), digest_size=16).digest() for part in (ids, ids[:length]))
+            seen[whole] = seen.get(whole, 0) + 1
+            key = prompt + b"%d" % seen[whole]
+        found.setdefault(key, []).append(example)
+    return list(found.values())
 
 
 def layouts_of(

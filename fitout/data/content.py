@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..chat.types import Conversation, Message, Pair, Sample, Text
+from .scripts import mostly_cjk
 
 
 def normalised(text: str) -> str:
@@ -44,6 +45,14 @@ def opening(sample: Conversation | Pair) -> list[Message]:
     messages = sample.messages if isinstance(sample, Conversation) else sample.prompt
     first = next((at for at, message in enumerate(messages) if message.role == "assistant"), len(messages))
     return list(messages[:first])
+
+
+def phrasing(prompt: str, words: int = 3) -> str:
+    """How a prompt begins: its first words, or twice as many characters of Chinese, Japanese or Korean."""
+    text = " ".join(prompt[:400].split()).casefold()
+    if mostly_cjk(text[:40]):
+        return text[: 2 * words]
+    return " ".join(text.split(" ")[:words])
 
 
 def texts(sample: Sample) -> Iterator[str]:

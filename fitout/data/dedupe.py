@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from ..chat.types import Sample
 from .content import content_key
 
 
-def exact(samples: Sequence[Sample], protected: Collection[str] = ()) -> tuple[list[Sample], list[tuple[Sample, str]]]:
-    """(kept, dropped): of samples with equal content (roles, texts up to white space, tools) the first is kept.
+def repeats(keys: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
+    """(n,) for each row the number of the row it repeats, its own where it repeats none.
 
-    `protected` names files (as in `origin.file`) whose samples come first whatever their place, so that a training row
-    that repeats a row of a given test file is the one to go. Order is kept. Time and memory are linear.
+    `keys` are equal for rows that say the same. The earliest row is the one that stays, but rows marked in `first` (n,)
+    come before all others: of twins in a test file and in training the training one repeats.
     """
-    order = sorted(range(len(samples)), key=lambda at: samples[at].origin.file not in protected)  # sorted is stable
-    first: dict[bytes, int] = {}
-    repeats: dict[int, int] = {}
-    for at in order:
-        seen = first.setdefault(content_key(samples[at]), at)
-        if seen != at:
-            repeats[at] = seen
-    kept = [sample for at, sample in enumerate(samples) if at not in repeats]
-    dropped = [(samples[at], f"repeats {samples[seen].origin}") for at, seen in sorted(repeats.items())]
+    count = len(keys)
+    order = np.arange(count) if first is None else np.lexsort((np.arange(count), ~first))
+    _, earliest, twin = np.unique(keys[order], return_index=True, return_inverse=True)
+    result = np.empty(count, np.int64)
+    result[order] = order[earliest[twin]]
+    return result
+
+
+def exact(samples: Sequence[Sample]) -> tuple[list[Sample], list[tuple[Sample, str]]]:
+    """(kept, dropped with the reason): of samples with equal content (roles, texts up to white space, tools) the first
+    is kept. Order is kept."""
+    keys = np.array([content_key(sample) for sample in samples], "S16")
+    stays = repeats(keys)
+    kept = [sample for at, sample in enumerate(samples) if stays[at] == at]
+    dropped = [(sample, f"repeats {samples[stays[at]].origin}") for at, sample in enumerate(samples) if stays[at] != at]
     return kept, dropped

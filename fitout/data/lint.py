@@ -16,7 +16,8 @@ from . import SourceSettings
 from .clean import control_tokens, only_markers, strip_end_markers
 from .content import digest, normalised, texts
 from .dedupe import exact
-from .formats import Columns, Format, RowError, choose, openai, sharegpt
+from .formats import Columns, Format, Refused, choose, convert, openai, sharegpt
+from .scripts import LETTER, mostly_cjk
 from .sources import BadRow, RawRow, list_files, probe, read
 
 Severity = Literal["error", "warning", "info"]
@@ -31,9 +32,6 @@ CONTROL = (
 )
 
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_][\w .-]{0,40}?)\s*\}\}")
-LETTER = re.compile(r"[^\W\d_]")
-CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
-MOSTLY_CJK = 0.3  # of the letters; Chinese text with code or names in it stays above, English with a name below
 
 
 @dataclass(frozen=True)
@@ -113,10 +111,11 @@ def converted(
     samples: list[Sample] = []
     refused = []
     for row in raw:
-        try:
-            samples += plug.convert(row.row, row.origin, columns)
-        except RowError as error:
-            refused.append((row.origin, error.reason))
+        for sample in convert(plug, row, columns):
+            if isinstance(sample, Refused):
+                refused.append((sample.origin, sample.reason))
+            else:
+                samples.append(sample)
     return samples, refused
 
 
@@ -286,11 +285,6 @@ def scripts(samples: list[Sample]) -> list[Finding]:
     if crossing:
         findings.append(found("info", "script-change", "question and answer are in different scripts", crossing))
     return findings
-
-
-def mostly_cjk(text: str) -> bool:
-    letters = len(LETTER.findall(text))
-    return letters > 0 and len(CJK.findall(text)) >= MOSTLY_CJK * letters
 
 
 def columns_left(samples: list[Sample]) -> list[Finding]:

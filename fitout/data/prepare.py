@@ -1,87 +1,117 @@
 """From files to prepared data: the stages in order, each sample counted at every one.
 
-    read -> convert -> clean -> deduplicate -> split -> render -> fit the length -> store
-             |          |         |                       |          |
-             quarantine quarantine removed                quarantine removed or cut
+    read -> convert -> clean -> duplicates -> benchmarks -> split -> augment -> render -> balance -> store
+      |        |         |          |            |            |                    |          |
+      quarantine     quarantine  removed      removed      removed     quarantine or removed  removed
 
-samples = kept + quarantined + removed by a named rule; `Counts.check` holds it.
+Between cleaning and storing the samples are on disk (`rows`); the stages decide over numbers and keys. Every stage adds
+up: what came and was made = what left + quarantined + removed by a named rule (`ledger`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import json
+import time
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat.types import Conversation, Message, Origin, Sample, Text, Tokens
-from ..errors import CheckError, DataError, TemplateError
-from ..files import fingerprint, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+import numpy as np
+
+from ..chat.types import Conversation, Origin, Sample, Text, Tokens
+from ..errors import DataError, TemplateError
+from ..files import explain_os_errors, fingerprint, read_json, read_jsonl, sha256_file, write_json
 from ..rundir import RunDir
-from . import DataSettings, Part, SourceSettings
-from .clean import control_tokens, only_markers, strip_end_markers
-from .dedupe import exact
-from .formats import RowError, choose
+from . import BalanceSettings, DataSettings, SourceSettings
+from . import Part as PartName
+from .balance import cap_classes, distribute, give_shares, length_classes, weigh
+from .clean import FAULTS, NAMES, Cleaner, control_tokens, only_markers
+from .content import digest, opening, phrasing
+from .diversity import SAMPLED, measure
+from .formats import Format, Refused, choose, convert
+from .ledger import Ledger, Stage
 from .page import write_page
+from .positions import CLASSES, PLACES, moved, place_of
 from .readers import RawRow
+from .repair import Repair, Repairs, accepted, identity, readmitted, rule_of, suggest, without_control
+from .rows import Lines, Rows, as_row, from_row
 from .sources import list_files, probe, read
-from .split import PARTS, split, weighted, weighting
-from .store import Prepared, open_prepared, write_fingerprint, write_part
+from .split import HELD_OUT, PARTS, split
+from .store import PartWriter, Prepared, copy_rows, open_prepared, write_fingerprint
+from .taxonomy import NONE, Classifier, Tasks, look_up, named, of_label, parsed
+from .twins import Twins, certify_split, find_benchmarks, find_twins
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
 
+PLACED = 20_000  # training samples whose key information is located, where only the report asks for it
 RENDER = 1000  # conversations rendered at a time
-Rendered = list[tuple[Sample, list[Tokens]]]
+EXAMPLES = 8  # training samples that the page shows
+SHOWN = 6  # quarantined rows of a rule that the page shows
 Progress = Callable[[str, int], None]  # the stage, and how many samples it has done
 
 
-@dataclass
-class Counts:
-    """What became of every sample; a bad row counts as one."""
-
-    samples: int = 0
-    quarantined: Counter = field(default_factory=Counter)  # by reason
-    removed: Counter = field(default_factory=Counter)  # by rule
-    repaired: Counter = field(default_factory=Counter)  # by rule; a repaired sample is a kept one
-    kept: dict[str, int] = field(default_factory=dict)  # by part
-    weighted: dict[str, int] = field(default_factory=dict)  # training samples more or fewer an epoch, by source
-
-    def check(self) -> None:
-        """Nothing may be lost without a count."""
-        out = sum(self.kept.values()) + sum(self.quarantined.values()) + sum(self.removed.values())
-        if out != self.samples:
-            raise CheckError(
-                f"{self.samples} samples came in, but {out} are accounted for",
-                harm="Some were lost or counted twice.",
-                hint="This is a fault of Fitout; please report it with the data report.",
-            )
-
-
 class _Work:
-    """The samples on their way, the counts and the quarantine."""
+    """What the stages share: the ledger, the files of what was taken out, who watches."""
 
-    def __init__(self) -> None:
-        self.counts = Counts()
-        self.quarantine: list[dict[str, Any]] = []
-        self.removed: list[dict[str, Any]] = []
+    def __init__(self, run: RunDir, repairs: Repairs, progress: Progress | None):
+        self.run, self.repairs = run, repairs
+        self.say: Progress = progress or (lambda stage, done: None)
+        self.ledger = Ledger()
+        self.quarantine, self.removed = Lines(run.quarantine), Lines(run.removed)
+        self.reasons: dict[str, Counter[str]] = defaultdict(Counter)  # by rule
+        self.shown: list[dict[str, Any]] = []
         self.sources: list[dict[str, Any]] = []
-        self.parts: dict[str, Part] = {}  # files that a source's `split:` gives to a part
+        self.facts: dict[str, Any] = {}  # figures for the report
+        self.details: dict[str, Any] = {}  # texts for the page; the report has none, so that it can go where no test
+        # question may
+        self.parts: dict[str, PartName] = {}  # files that a source's `split:` gives to a part
+        self.source_of: dict[str, int] = {}  # the place of each file's source in the recipe
         self.weights: dict[str, float] = {}  # files whose training samples are seen more or less often
 
-    def reject(self, origin: Origin, reason: str, raw: Any, rule: str) -> None:
-        self.counts.quarantined[reason if len(reason) < 80 else rule] += 1
-        self.quarantine.append(
-            {
-                "file": origin.file,
-                "line": origin.line,
-                "part": origin.part,
-                "rule": rule,
-                "reason": reason,
-                "row": raw,
-            }
-        )
+    def reject(self, stage: Stage, origin: Origin, reason: str, raw: Any, *, rule: str, form: str = "row",
+               repair: Repair | None = None) -> None:  # fmt: skip
+        """To quarantine; `form` says whether `raw` is a row of the file or a sample (`as_row`)."""
+        stage.quarantined[rule] += 1
+        self.reasons[rule][reason if len(reason) < 120 else reason[:119] + "…"] += 1
+        line = {
+            "id": identity(origin, raw),
+            "file": origin.file,
+            "line": origin.line,
+            "part": origin.part,
+            "rule": rule,
+            "reason": reason,
+            "as": form,
+            "repair": {"how": repair.how, "row": repair.row} if repair else None,
+            "row": raw,
+        }
+        self.quarantine.write(line)
+        if stage.quarantined[rule] <= SHOWN:
+            self.shown.append(line)
+
+    def remove(self, stage: Stage, origin: Origin, rule: str, reason: str) -> None:
+        stage.removed[rule] += 1
+        self.removed.write({"origin": str(origin), "rule": rule, "reason": reason})
+
+    def remover(self, stage: Stage, rows: Rows) -> Callable[[int, str, str], None]:
+        return lambda at, rule, reason: self.remove(stage, rows.origin(at), rule, reason)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """A stage of the ledger and its seconds."""
+        stage = self.ledger.begin(name)
+        started = time.perf_counter()
+        yield stage
+        stage.seconds = time.perf_counter() - started
+        self.say(name, stage.left)
+
+    def close(self, *, keep: bool) -> None:
+        for lines in (self.quarantine, self.removed):
+            lines.done() if keep else lines.drop()
 
 
 def prepare(
@@ -98,91 +128,240 @@ def prepare(
     `wants` is what the objective trains on: conversation or text. Returns the prepared data and the data report.
     Raises DataError when a file cannot be read or nothing is left to train on.
     """
-    made_of = _fingerprint(settings, chat, wants, seed)
+    made_of = _fingerprint(settings, chat, wants, seed, run)
     ready = open_prepared(run.data)
     if ready and ready.fingerprint == made_of:
         return ready, read_json(run.data_report)
-    say = progress or (lambda stage, done: None)
-    work = _Work()
-    samples = _read_all(settings.sources, wants, work, say)
-    samples = _clean(samples, chat, work)
-    samples = _deduplicate(samples, settings, work)
-    parts = split(samples, settings.split, seed, work.parts)
-    rendered = {name: _render(parts[name], chat, settings, wants, work, say, name) for name in PARTS}
-    rendered["train"] = _weigh(rendered["train"], seed, work)
-    report = _report(settings, chat, wants, work, rendered)
-    work.counts.check()
-    _require_training_data(report, work, run)
-    for name in PARTS:
-        write_part(run.data / f"{name}.arrow", _rows(rendered[name]))
-    talks = (sample for sample, _ in rendered["test"] if isinstance(sample, Conversation))
-    write_jsonl(run.test_rows, map(as_row, talks))
-    write_jsonl(run.quarantine, work.quarantine)
-    write_jsonl(run.removed, work.removed)
-    write_json(run.data_report, report)
-    write_page(run.data_page, report, work.quarantine)
+    with explain_os_errors(run.data, "write"):
+        work = _Work(run, accepted(run.repairs), progress)
+        try:
+            with Rows(run.data / ".rows.jsonl.part") as rows:
+                report = _stages(settings, chat, wants, run, seed, work, rows)
+        except BaseException:
+            work.close(keep=False)
+            raise
     write_fingerprint(run.data, made_of)  # last: without it the folder counts as unfinished
     return Prepared(run.data, made_of), report
 
 
-def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int) -> str:
-    """Everything that decides what the prepared data are: contents of the files, rules, template, tokenizer."""
+def _stages(
+    settings: DataSettings, chat: Chat, wants: str, run: RunDir, seed: int, work: _Work, rows: Rows
+) -> dict[str, Any]:
+    facts = _read_and_clean(settings, chat, wants, work, rows)
+    twins = _deduplicate(rows, settings, work)
+    here = _without_benchmarks(rows, twins.here, settings, work)
+    parts = _split(rows, here, twins, facts, settings, seed, work)
+    parts["train"] = _augment(parts["train"], rows, facts, settings, work)
+    made = _render(parts, rows, chat, settings, wants, facts, work)
+    _balance(made["train"], rows, facts, settings, seed, work)
+    work.facts["diversity"] = _diversity(made["train"], rows, seed) if wants != "text" else None
+    work.ledger.check()
+    report = _report(settings, chat, wants, work, made, facts)
+    for name in PARTS:
+        _write_said(run.data / f"{name}.jsonl", made[name], rows, facts, told=name == "test")
+    work.details["samples"] = _examples(made["train"], rows, facts, seed)
+    work.close(keep=True)
+    write_json(run.data_report, report)
+    if not report["parts"]["train"]["supervised"]:
+        raise _nothing_to_train(report, run)
+    write_json(run.data_details, work.details)
+    write_page(run.data_page, report, work.details, work.shown)
+    return report
+
+
+def _write_said(path: Path, made: Made, rows: Rows, facts: Facts, *, told: bool) -> None:
+    """The samples of a part as they were said; with `told` also what scores are grouped by, in their meta: task,
+    sub-task, position of the key information."""
+    lines = Lines(path)
+    placed = told and any(CLASSES[place] in PLACES for place in made.places)
+    for number, at in enumerate(made.samples):
+        if not told or not (facts.told or placed):
+            lines.raw(rows.line(at))
+            continue
+        row = json.loads(rows.line(at))
+        if facts.told:
+            label = facts.tasks.labels[facts.task_of[at]]
+            row["meta"] |= {"task": label[0]} | ({"subtask": named(label)} if len(label) > 1 else {})
+        if placed:
+            row["meta"]["position"] = CLASSES[made.places[number]]  # the test part has no copies
+        lines.write(row)
+    lines.done()
+
+
+def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int, run: RunDir) -> str:
+    """Everything that decides what the prepared data are: files by content, rules, repairs, template, tokenizer."""
     contents = []
     for source in settings.sources:
         files = list_files(source, Path()).files
         contents.append([sha256_file(path) for path, _ in files] if files else source.path)
     left_out: Any = {"packing": True, "split_seed": True, "sources": {"__all__": {"path"}}}  # `seed` is the split's
     rules = settings.model_dump(mode="json", exclude=left_out)
-    return fingerprint(5, rules, contents, chat.fingerprint, wants, seed)
+    for path in settings.benchmarks.files if settings.benchmarks else ():
+        contents.append([sha256_file(file) for file, _ in list_files(SourceSettings(path=path), Path()).files])
+    return fingerprint(7, rules, contents, accepted(run.repairs), chat.fingerprint, wants, seed)
 
 
-# read and convert
+# read, convert, clean
 
 
-def _read_all(sources: Sequence[SourceSettings], wants: str, work: _Work, say: Progress) -> list[Sample]:
-    kept: list[Sample] = []
-    for source in sources:
-        before, rejected = work.counts.samples, sum(work.counts.quarantined.values())
-        name, samples = _convert(source, work)
-        for sample in samples:
-            _require_kind(sample, wants, source, name)
-            work.counts.samples += 1
-            kept.append(sample)
+@dataclass
+class Facts:
+    """What is known of each sample besides what it says: its task, and the group that must not be parted."""
+
+    tasks: Tasks
+    task_of: array[int] = field(default_factory=lambda: array("i"))
+    group_of: list[bytes | None] = field(default_factory=list)
+
+    def add(self, sample: Sample, settings: DataSettings) -> None:
+        prompt = ""
+        if settings.tasks.rules:
+            prompt = sample.text if isinstance(sample, Text) else "\n".join(m.content for m in opening(sample))
+        self.task_of.append(self.tasks.number(self.tasks.read(sample, prompt)))
+        if settings.split.group:
+            value = look_up(sample.meta, settings.split.group)
+            self.group_of.append(None if value is None else digest("group", value))
+
+    @property
+    def told(self) -> bool:
+        """Whether any sample has a task."""
+        return any(label != NONE for label in self.tasks.labels)
+
+    def labels(self, numbers: np.ndarray) -> list[tuple[str, ...]]:
+        return [self.tasks.labels[self.task_of[at]] for at in numbers]
+
+
+def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work, rows: Rows) -> Facts:
+    """Every sample of the sources, cleaned, into `rows`; what is none goes to quarantine."""
+    facts = Facts(Tasks(settings.tasks))
+    cleaner = Cleaner(settings.clean, chat.control)
+    reading, converting, cleaning = (work.ledger.begin(name, 0) for name in ("read", "convert", "clean"))
+    started = time.perf_counter()
+    for number, source in enumerate(settings.sources):
+        plug = choose(probe(source, Path()), source.format, source.columns, where=source.path)
+        before = (reading.came + converting.made.total(), reading.quarantined.total() + converting.quarantined.total())
+        for sample in _converted(source, plug, reading, converting, work):
+            _require_kind(sample, wants, source, plug.name)
+            cleaned = _cleaned(sample, cleaner, cleaning, work)
+            if cleaned is None:
+                continue
+            rows.add(cleaned)
+            facts.add(cleaned, settings)
+            work.source_of[sample.origin.file] = number
             if source.split:
                 work.parts[sample.origin.file] = source.split
             if source.weight != 1:
                 work.weights[sample.origin.file] = source.weight
-            if len(kept) % 10_000 == 0:
-                say("read", len(kept))
+            if len(rows) % 10_000 == 0:
+                work.say("read", len(rows))
+        bad = reading.quarantined.total() + converting.quarantined.total()
         work.sources.append(
             {
                 "path": source.path,
-                "format": name,
-                "samples": work.counts.samples - before,
-                "bad_rows": sum(work.counts.quarantined.values()) - rejected,
+                "format": plug.name,
+                "samples": reading.came + converting.made.total() - before[0],
+                "bad_rows": bad - before[1],
                 "skipped_files": [f"{file}: {why}" for file, why in list_files(source, Path()).skipped],
             }
         )
-    return kept
+    rows.written()
+    converting.came, cleaning.left = reading.left, len(rows)
+    cleaning.came = converting.left
+    work.facts["cleaning"], work.details["cleaning"] = cleaner.report(), dict(cleaner.examples)
+    cleaning.seconds = time.perf_counter() - started
+    if settings.tasks.suggest:
+        work.facts["suggested"] = _suggest_tasks(rows, facts)
+    if settings.split.group and not any(facts.group_of):
+        raise DataError(
+            f"no sample has the column {settings.split.group!r}",
+            where="data.split.group",
+            harm="What belongs together could be parted.",
+            hint="Name a column of the rows, as they are in the file.",
+        )
+    return facts
 
 
-def _convert(source: SourceSettings, work: _Work) -> tuple[str, Iterator[Sample]]:
-    """The format's name and the source's samples; rows that are none go to quarantine."""
-    plug = choose(probe(source, Path()), source.format, source.columns, where=source.path)
+def _suggest_tasks(rows: Rows, facts: Facts) -> dict[str, Any]:
+    """Samples without a task get the one the classifier is sure of."""
+    tasks = facts.tasks
+    none = tasks.number(NONE)
+    labels = [-1 if number == none else number for number in facts.task_of]
+    known = sum(label >= 0 for label in labels)
+    if known < 20 or known == len(labels):
+        return {"samples": 0, "of": len(labels) - known, "accuracy": None, "coverage": None}
+    judge = Classifier(labels, rows.prompt, len(rows), len(tasks.labels))
+    given = 0
+    for at, label in enumerate(labels):
+        said = judge.suggest(rows.prompt(at)) if label < 0 else None
+        if said is not None:
+            facts.task_of[at] = said
+            given += 1
+    tasks.came_from["suggestion"] += given
+    tasks.came_from["nothing"] -= given
+    return {
+        "samples": given,
+        "of": len(labels) - known,
+        "accuracy": round(judge.accuracy, 4),
+        "coverage": round(judge.coverage, 4),
+    }
 
-    def samples() -> Iterator[Sample]:
-        for one in read(source, Path()):
-            if not isinstance(one, RawRow):
-                work.counts.samples += 1
-                work.reject(one.origin, one.reason, one.raw, "unreadable row")
+
+def _converted(
+    source: SourceSettings, plug: Format, reading: Stage, converting: Stage, work: _Work
+) -> Iterator[Sample]:
+    """The source's samples; bad rows go to quarantine, or are replaced by the repair that was accepted for them."""
+    for one in read(source, Path()):
+        reading.came += 1
+        made: Iterable[Sample | Refused]
+        if isinstance(one, RawRow):
+            reading.left += 1
+            made = _or_repaired(convert(plug, one, source.columns), one.row, plug, source, converting, work)
+        else:
+            repair = work.repairs.get(identity(one.origin, one.raw))
+            if repair is None:
+                suggestion = suggest(one.raw, one.origin, plug, source.columns)
+                work.reject(reading, one.origin, one.reason, one.raw, rule="unreadable row", repair=suggestion)
                 continue
-            try:
-                yield from plug.convert(one.row, one.origin, source.columns)
-            except RowError as error:
-                work.counts.samples += 1
-                work.reject(one.origin, error.reason, one.row, "not a sample")
+            reading.left += 1
+            reading.changed["accepted repair"] += 1
+            made = readmitted(repair, one.origin, plug, source.columns)
+        count = 0
+        for sample in made:
+            count += 1
+            if isinstance(sample, Refused):
+                suggestion = suggest(sample.raw, sample.origin, plug, source.columns)
+                work.reject(
+                    converting, sample.origin, sample.reason, sample.raw, rule=rule_of(sample.reason), repair=suggestion
+                )
+            else:
+                converting.left += 1
+                yield sample
+        if count == 0:
+            work.reject(converting, one.origin, "the row holds no sample", _raw(one), rule="not a sample")
+        elif count > 1:
+            converting.made["more from rows that hold several"] += count - 1
 
-    return plug.name, samples()
+
+def _raw(one: Any) -> Any:
+    return one.row if isinstance(one, RawRow) else one.raw
+
+
+def _or_repaired(
+    made: Iterable[Sample | Refused], row: Any, plug: Format, source: SourceSettings, stage: Stage, work: _Work
+) -> Iterator[Sample | Refused]:
+    """Refused parts with what they need of their row, so that each can be repaired by itself; accepted repairs."""
+    for sample in made:
+        if not isinstance(sample, Refused):
+            yield sample
+            continue
+        if sample.origin.part and isinstance(sample.raw, dict):
+            shared = {key: value for key, value in row.items() if not isinstance(value, list)}
+            sample = Refused(sample.origin, sample.reason, {**shared, **sample.raw})
+        repair = work.repairs.get(identity(sample.origin, sample.raw))
+        if repair is None:
+            yield sample
+        else:
+            stage.changed["accepted repair"] += 1
+            yield from readmitted(repair, sample.origin, plug, source.columns)
 
 
 def _require_kind(sample: Sample, wants: str, source: SourceSettings, name: str) -> None:
@@ -196,56 +375,186 @@ def _require_kind(sample: Sample, wants: str, source: SourceSettings, name: str)
         )
 
 
-# clean, deduplicate, split
+def _cleaned(sample: Sample, cleaner: Cleaner, stage: Stage, work: _Work) -> Sample | None:
+    """A sample after the rules; one that a rule takes out is removed, one whose text spells a control token of the
+    tokenizer, or that has no answer left, is quarantined."""
+    control = cleaner.control
+    cleaned, changed, out = cleaner.clean(sample)
+    if out:
+        work.remove(stage, sample.origin, FAULTS[out[0]], out[1])
+        return None
+    reason = only_markers(cleaned) or control_tokens(cleaned, control)
+    if reason:
+        raw = as_row(sample)
+        repair = work.repairs.get(identity(sample.origin, raw))
+        again = next(readmitted(repair, sample.origin, _NO_FORMAT, None)) if repair else None
+        if again is None or isinstance(again, Refused) or control_tokens(again, control) or only_markers(again):
+            suggestion = without_control(cleaned, control)
+            work.reject(
+                stage, sample.origin, reason, raw, rule=rule_of(reason), form="sample", repair=suggestion
+            )  # fmt: skip
+            return None
+        stage.changed["accepted repair"] += 1
+        return again
+    for key in changed:
+        stage.changed[NAMES[key]] += 1
+    return cleaned
 
 
-def _clean(samples: list[Sample], chat: Chat, work: _Work) -> list[Sample]:
-    """Literal end markers after an answer are stripped; text that still spells a control token is quarantined."""
-    kept = []
-    for sample in samples:
-        cleaned, stripped = strip_end_markers(sample, chat.control)
-        reason = only_markers(cleaned) or control_tokens(cleaned, chat.control)
-        if reason:
-            work.reject(sample.origin, reason, as_row(sample), "control token")
-            continue
-        if stripped:
-            work.counts.repaired["end marker stripped"] += 1
-        kept.append(cleaned)
-    return kept
+_NO_FORMAT: Any = None  # a repaired sample is not converted again
 
 
-def _deduplicate(samples: list[Sample], settings: DataSettings, work: _Work) -> list[Sample]:
-    """Exact duplicates go; of twins in a given test file and in training, the training one."""
-    if not settings.deduplicate:
-        return samples
-    kept, dropped = exact(samples, protected={file for file, part in work.parts.items() if part != "train"})
-    work.counts.removed["duplicate"] += len(dropped)
-    work.removed += [
-        {"origin": str(sample.origin), "rule": "duplicate", "reason": reason} for sample, reason in dropped
-    ]
-    return kept
+# duplicates, benchmarks, split
+
+
+def _deduplicate(rows: Rows, settings: DataSettings, work: _Work) -> Twins:
+    """Of twins in a given test file and in training, the training one goes."""
+    with work.stage("duplicates") as stage:
+        held_out = [work.parts.get(file, "train") != "train" for file in rows.files]
+        marked = np.array(held_out, bool)[rows.file_of] if len(rows) else np.zeros(0, bool)
+        twins = find_twins(rows, settings.deduplicate, marked, work.remover(stage, rows))
+        stage.left = len(twins.here)
+        work.facts["duplicates"], work.details["clusters"] = twins.figures, twins.clusters
+    return twins
+
+
+def _without_benchmarks(rows: Rows, here: np.ndarray, settings: DataSettings, work: _Work) -> np.ndarray:
+    if settings.benchmarks is None:
+        return here
+    with work.stage("benchmarks") as stage:
+        here, figures, shown = find_benchmarks(rows, here, settings.benchmarks, work.remover(stage, rows))
+        stage.left = len(here)
+        work.facts["benchmarks"], work.details["benchmarks"] = figures, shown
+    return here
+
+
+def _split(
+    rows: Rows, here: np.ndarray, twins: Twins, facts: Facts, settings: DataSettings, seed: int, work: _Work
+) -> dict[PartName, np.ndarray]:
+    """The numbers of each part; training samples too near to a held-out one are taken out, whatever put them there."""
+    with work.stage("split") as stage:
+        if settings.split.group:
+            owners: dict[bytes, int] = {}
+            for at, group in enumerate(facts.group_of):
+                if group is not None:
+                    twins.groups.join(owners.setdefault(group, at), at)
+        names = twins.groups.names(rows.prompts)
+        fixed = [work.parts.get(file) for file in rows.files]
+        divided = split(
+            [names[at] for at in here],
+            settings.split,
+            seed,
+            [fixed[file] for file in rows.file_of[here]],
+            facts.labels(here) if facts.told else None,
+        )
+        parts: dict[PartName, np.ndarray] = {name: here[at] for name, at in divided.items()}
+        held_out = {name: parts[name] for name in HELD_OUT if len(parts[name])}
+        if twins.weights is not None and held_out and len(parts["train"]):
+            too_near, figures, pairs = certify_split(
+                rows, parts["train"], held_out, twins.weights, settings.deduplicate.similarity
+            )
+            remove = work.remover(stage, rows)
+            for at in sorted(too_near):
+                remove(at, "too near to a held-out sample", "its prompt is nearly one of validation or test")
+            parts["train"] = np.array([at for at in parts["train"] if int(at) not in too_near], np.int64)
+            work.facts["leakage"], work.details["nearest"] = figures, pairs
+        stage.left = sum(map(len, parts.values()))
+    return parts
+
+
+def _augment(numbers: np.ndarray, rows: Rows, facts: Facts, settings: DataSettings, work: _Work) -> np.ndarray:
+    """Training samples whose key passage is marked also come with it moved."""
+    if not settings.position.augment or settings.position.field is None:
+        return numbers
+    with work.stage("augment") as stage:
+        more = []
+        for at in numbers:
+            sample = rows.sample(int(at))
+            for place, other in moved(sample, settings.position.field) if isinstance(sample, Conversation) else ():
+                stage.made[f"key passage moved to the {place}"] += 1
+                more.append(len(rows))
+                rows.add(other)
+                facts.task_of.append(facts.task_of[at])
+        rows.written()
+        stage.left = stage.came + len(more)
+    return np.concatenate([numbers, np.array(more, np.int64)])
 
 
 # render and fit
 
 
+@dataclass
+class Made:
+    """What became of one part: its samples by number, the rows of the store that each gave, and figures of the rows."""
+
+    path: Path
+    samples: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of each sample
+    groups: list[int] = field(default_factory=list)  # of each store row
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    supervised: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    no_end: list[bool] = field(default_factory=list)
+    unknown: list[int] = field(default_factory=list)
+    asked: array[int] = field(default_factory=lambda: array("i"))  # tokens of each sample's prompt
+    places: list[int] = field(default_factory=list)  # of each key information, in positions.CLASSES; -1: unread
+    order: list[int] = field(default_factory=list)  # the sample of each group of rows, copies among them
+    rows_of_order: list[int] = field(default_factory=list)
+    weighted: dict[str, int] = field(default_factory=dict)  # training samples more or fewer an epoch, by file
+    kept: int = 0
+
+
 def _render(
-    samples: list[Sample], chat: Chat, settings: DataSettings, wants: str, work: _Work, say: Progress, part: Part
-) -> Rendered:
-    """Tokens of each sample, those that do not fit dealt with as `too_long` says."""
-    done: Rendered = []
-    for at in range(0, len(samples), RENDER):
-        batch = samples[at : at + RENDER]
-        for sample, group in zip(batch, _tokens(batch, chat, wants), strict=True):
-            if isinstance(group, TemplateError):
-                work.reject(sample.origin, group.message, as_row(sample), "template")
-                continue
-            fitted = _cut_text(group, settings) if wants == "text" else _fit(sample, group, settings, work)
-            if fitted:
-                done.append((sample, fitted))
-        say(f"render {part}", at + len(batch))
-    work.counts.kept[part] = len(done)
-    return done
+    parts: dict[PartName, np.ndarray], rows: Rows, chat: Chat, settings: DataSettings, wants: str, facts: Facts,
+    work: _Work,
+) -> dict[PartName, Made]:  # fmt: skip
+    """The samples as tokens, in the store; those that do not fit dealt with as `too_long` says."""
+    made = {}
+    with work.stage("render") as stage:
+        for name in PARTS:
+            made[name] = _render_part(name, parts[name], rows, chat, settings, wants, facts, stage, work)
+            stage.left += made[name].kept
+    return made
+
+
+def _render_part(
+    name: PartName, numbers: np.ndarray, rows: Rows, chat: Chat, settings: DataSettings, wants: str, facts: Facts,
+    stage: Stage, work: _Work,
+) -> Made:  # fmt: skip
+    made = Made(work.run.data / f"{name}.arrow")
+    unknown = _unknown_id(chat)
+    every = 1 if name != "train" or any(b.by == "position" for b in settings.balance) else -(-len(numbers) // PLACED)
+    group = 0
+    names = [named(label) for label in facts.tasks.labels] if facts.told else []
+    with PartWriter(made.path, names) as writer:
+        for start in range(0, len(numbers), RENDER):
+            batch = [rows.sample(at) for at in numbers[start : start + RENDER]]
+            for at, sample, rendered in zip(
+                numbers[start : start + RENDER], batch, _tokens(batch, chat, wants), strict=True
+            ):
+                if isinstance(rendered, TemplateError):
+                    work.reject(stage, sample.origin, rendered.message, as_row(sample), rule="template", form="sample")
+                    continue
+                fitted = _cut_text(rendered, settings) if wants == "text" else _fit(sample, rendered, settings, stage,
+                                                                                    work)  # fmt: skip
+                if not fitted:
+                    continue
+                made.samples.append(int(at))
+                made.rows.append(len(fitted))
+                made.asked.append(fitted[0].train_on.index(True))
+                told = wants != "text" and len(made.samples) % every == 0
+                made.places.append(CLASSES.index(place_of(sample, settings.position.field)) if told else -1)
+                for tokens in fitted:  # a conversation's samples are shuffled together, a text's blocks apart
+                    writer.add(group, tokens, facts.task_of[at] if facts.told else -1)
+                    made.groups.append(group)
+                    made.no_end.append(wants != "text" and not _ends_trained(tokens, chat))
+                    made.unknown.append(tokens.ids.count(unknown) if unknown is not None else 0)
+                    group += wants == "text"
+                group += wants != "text"
+            work.say(f"render {name}", start + len(batch))
+    made.kept = len(made.samples)
+    made.order, made.rows_of_order = list(made.samples), list(made.rows)
+    made.lengths, made.supervised = np.array(writer.lengths), np.array(writer.supervised)
+    return made
 
 
 def _tokens(batch: list[Sample], chat: Chat, wants: str) -> list[list[Tokens] | TemplateError]:
@@ -266,20 +575,7 @@ def _tokens_of_one(talk: Conversation, chat: Chat) -> list[Tokens] | TemplateErr
         return error
 
 
-def _weigh(rendered: Rendered, seed: int, work: _Work) -> Rendered:
-    """Training samples as often as their source weighs; those that a weight below one leaves out are counted."""
-    if not work.weights:
-        return rendered
-    once = [sample for sample, _ in rendered]
-    chosen = weighted(once, work.weights, seed)
-    work.counts.weighted = {file: now - was for file, (was, now) in weighting(once, chosen).items()}
-    tokens = {id(sample): group for sample, group in rendered}
-    work.counts.kept["train"] = len({id(sample) for sample in chosen})
-    work.counts.removed["left out by weight"] += len(once) - work.counts.kept["train"]
-    return [(sample, tokens[id(sample)]) for sample in chosen]
-
-
-def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, work: _Work) -> list[Tokens]:
+def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, stage: Stage, work: _Work) -> list[Tokens]:
     """A conversation's samples under `max_length`, [] when it is removed or quarantined."""
     limit = settings.max_length
     longest = max(len(tokens.ids) for tokens in group)
@@ -291,17 +587,15 @@ def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, work: _Wor
                 hint="Raise data.max_length, or set data.too_long: drop or truncate.",
             )
         if settings.too_long == "drop":
-            work.counts.removed["too long"] += 1
-            reason = f"{longest} tokens, data.max_length is {limit}"
-            work.removed.append({"origin": str(sample.origin), "rule": "too long", "reason": reason})
+            work.remove(stage, sample.origin, "too long", f"{longest} tokens, data.max_length is {limit}")
             return []
         group = [_truncate(tokens, limit) for tokens in group]
     if not any(tokens.supervised for tokens in group):
         reason = "no supervised token is left after the cut" if longest > limit else "no token is supervised"
-        work.reject(sample.origin, reason, as_row(sample), "nothing to train")
+        work.reject(stage, sample.origin, reason, as_row(sample), rule="nothing to train", form="sample")
         return []
     if longest > limit:
-        work.counts.repaired["cut to max_length"] += 1
+        stage.changed["cut to max_length"] += 1
     return [tokens for tokens in group if tokens.supervised]
 
 
@@ -322,48 +616,153 @@ def _cut_text(group: list[Tokens], settings: DataSettings) -> list[Tokens]:
     return [Tokens(ids[a : a + limit], tokens.train_on[a : a + limit], tokens.origin) for a in starts]
 
 
-def _rows(rendered: Rendered) -> Iterator[tuple[int, Tokens]]:
-    """Rows with the group they are shuffled in: a conversation's samples stay together, a text's blocks do not."""
-    group = 0
-    for sample, samples in rendered:
-        for tokens in samples:
-            yield group, tokens
-            group += isinstance(sample, Text)
-        group += not isinstance(sample, Text)
+# balance
+
+
+def _balance(made: Made, rows: Rows, facts: Facts, settings: DataSettings, seed: int, work: _Work) -> None:
+    """How often each training sample is seen in an epoch: caps, distributions, weights, shares, in this order."""
+    with work.stage("balance") as stage:
+        stage.left = stage.came
+        shares = {source: one.share for source, one in enumerate(settings.sources) if one.share is not None}
+        tasks = settings.tasks
+        if not (work.weights or shares or tasks.weights or tasks.caps or settings.balance) or not made.samples:
+            return
+        numbers = np.array(made.samples)
+        files = rows.file_of[numbers]
+        keys = rows.keys[numbers]
+        names = [f"{bytes(key).hex()} {rows.origin(at)}" for key, at in zip(keys, made.samples, strict=True)]
+        labels = facts.labels(numbers)
+        times = np.ones(len(numbers), np.int64)
+
+        def settle(now: np.ndarray, rule: str, why: str) -> np.ndarray:
+            for at in numbers[(times > 0) & (now == 0)]:
+                work.remove(stage, rows.origin(at), rule, why)
+            return now
+
+        for level in (1, 2):  # a task's cap, then its sub-tasks'
+            at_level = [named(label[:level]) if len(label) >= level else None for label in labels]
+            most = {name: cap for name, cap in tasks.caps.items() if len(parsed(name)) == level}
+            times = settle(cap_classes(times, at_level, most, names, seed), "over the cap of its task", str(most))
+        for number, one in enumerate(settings.balance):
+            times = settle(*_balanced(times, one, made, numbers, rows, names, seed, work, number))
+        weights = np.array([work.weights.get(file, 1.0) for file in rows.files])[files]
+        weights = weights * np.array([of_label(tasks.weights, label) or 1.0 for label in labels])
+        times = settle(weigh(times, weights, names, seed), "left out by weight", "its weight is below one")
+        if shares:
+            source_of = np.array([work.source_of.get(file, -1) for file in rows.files])[files]
+            given = give_shares(times, source_of, shares, names, seed)
+            times = settle(given, "left out by its source's share", "the share needs fewer rows than the source has")
+        for file, name in enumerate(rows.files):
+            change = int((times[files == file] - 1).sum())
+            if change:
+                made.weighted[name] = change
+        if (times != 1).any():
+            _take(made, times)
+        stage.left -= stage.removed.total()
+
+
+def _balanced(
+    times: np.ndarray, one: BalanceSettings, made: Made, numbers: np.ndarray, rows: Rows, names: list[str], seed: int,
+    work: _Work, number: int,
+) -> tuple[np.ndarray, str, str]:  # fmt: skip
+    """(times, rule, reason) after one entry of `balance`."""
+    order: list[str]
+    if one.by == "length":
+        starts = np.concatenate([[0], np.cumsum(made.rows)])[:-1].astype(np.int64)
+        classes, order = length_classes(np.maximum.reduceat(made.lengths, starts), one.edges)
+    elif one.by == "position":
+        classes, order = [CLASSES[place] for place in made.places], list(CLASSES)
+    else:
+        classes = [phrasing(rows.prompt(int(at))) for at in numbers]
+        order = [name for name, _ in Counter(classes).most_common(12)]
+    unknown = sorted(set(one.to) - set(order)) if isinstance(one.to, dict) else []
+    if unknown:
+        raise DataError(
+            f"there is no class {', '.join(map(repr, unknown))} of {one.by}",
+            where=f"data.balance.{number}.to",
+            harm="The samples would not be spread as asked.",
+            hint=f"There are: {', '.join(order)}.",
+        )
+    before = Counter(classes[at] for at in np.flatnonzero(times))
+    if one.cap is not None:
+        most = round(one.cap * len(numbers)) if one.cap < 1 else int(one.cap)
+        now = cap_classes(times, classes, dict.fromkeys(before, max(1, most)), names, seed)
+    else:
+        now = distribute(times, classes, one, names, seed)
+    after: Counter[str] = Counter()
+    for at in np.flatnonzero(now):
+        after[classes[at]] += int(now[at])
+    figures = [{"class": name, "before": before[name], "after": after[name]} for name in order if before[name]]
+    work.facts.setdefault("balance", []).append({"by": one.by, "how": one.how, "classes": figures})
+    return now, f"balanced by {one.by}", f"its class has more than data.balance.{number} asks for"
+
+
+def _take(made: Made, times: np.ndarray) -> None:
+    """The part's samples as often as `times` says, each copy a group of its own; copies follow each other."""
+    starts = np.concatenate([[0], np.cumsum(made.rows)])
+    groups = np.array(made.groups)
+    taken, numbered, group = [], [], 0
+    for at, count in enumerate(times):
+        rows = np.arange(starts[at], starts[at + 1])
+        for _ in range(count):
+            inside = groups[rows] - groups[rows[0]]
+            taken.append(rows)
+            numbered.append(group + inside)
+            group += int(inside[-1]) + 1
+    order = np.concatenate(taken) if taken else np.zeros(0, np.int64)
+    made.groups = np.concatenate(numbered).tolist() if numbered else []
+    whole = made.path.with_name(f".{made.path.name}.part")
+    made.path.replace(whole)
+    copy_rows(whole, made.path, order, np.array(made.groups, np.int64))
+    whole.unlink()
+    made.lengths, made.supervised = made.lengths[order], made.supervised[order]
+    made.no_end = np.array(made.no_end)[order].tolist()
+    made.unknown = np.array(made.unknown)[order].tolist()
+    made.order = [number for number, count in zip(made.samples, times, strict=True) for _ in range(count)]
+    made.rows_of_order = [rows for rows, count in zip(made.rows, times, strict=True) for _ in range(count)]
+    made.asked = array("i", [asked for asked, count in zip(made.asked, times, strict=True) for _ in range(count)])
+    made.places = [place for place, count in zip(made.places, times, strict=True) for _ in range(count)]
+    made.samples = [number for number, count in zip(made.samples, times, strict=True) if count]
+    made.rows = [count for count, seen in zip(made.rows, times, strict=True) if seen]
+    made.kept = len(made.samples)
 
 
 # what is told
 
 
 def _report(
-    settings: DataSettings,
-    chat: Chat,
-    wants: str,
-    work: _Work,
-    rendered: dict[Part, Rendered],
-) -> dict[str, Any]:
+    settings: DataSettings, chat: Chat, wants: str, work: _Work, made: dict[PartName, Made], facts: Facts
+) -> dict[str, Any]:  # fmt: skip
     """Everything the data report and the screen show, as plain values."""
+    ledger = work.ledger
     parts = {}
-    unknown = _unknown_id(chat)
     for name in PARTS:
-        flat = [tokens for _, group in rendered[name] for tokens in group]
+        part = made[name]
         parts[name] = {
-            "samples": len(rendered[name]),
-            "rows": len(flat),  # more than samples where a template rewrites history or a text is cut into blocks
-            "tokens": sum(len(tokens.ids) for tokens in flat),
-            "supervised": sum(tokens.supervised for tokens in flat),
-            "no_end": sum(not _ends_trained(tokens, chat) for tokens in flat) if wants != "text" else 0,
-            "unknown": sum(tokens.ids.count(unknown) for tokens in flat) if unknown is not None else 0,
-            "lengths": _histogram([len(tokens.ids) for tokens in flat], settings.max_length),
+            "samples": len(part.order),  # an epoch's: with the copies that weights make
+            "rows": len(part.lengths),  # more than samples where a template rewrites history or a text is cut in blocks
+            "tokens": int(part.lengths.sum()),
+            "supervised": int(part.supervised.sum()),
+            "no_end": sum(part.no_end),
+            "unknown": sum(part.unknown),
+            "lengths": _histogram(part.lengths, settings.max_length),
+            "prompts": _spread(np.array(part.asked, np.int64)),
+            "answers": _spread(part.supervised),
+            "places": {
+                name: count for at, name in enumerate(CLASSES) if (count := sum(place == at for place in part.places))
+            },
         }
-    counts = asdict(work.counts)
     return {
-        "samples": work.counts.samples,
-        "kept": counts["kept"],
-        "quarantined": dict(work.counts.quarantined.most_common()),
-        "removed": {rule: n for rule, n in work.counts.removed.items() if n},
-        "repaired": dict(work.counts.repaired),
-        "weighted": work.counts.weighted,
+        "samples": ledger.samples,
+        "kept": {name: made[name].kept for name in PARTS},
+        "quarantined": dict(ledger.total("quarantined").most_common()),
+        "reasons": {rule: dict(counts.most_common(20)) for rule, counts in work.reasons.items()},
+        "removed": {rule: n for rule, n in ledger.total("removed").items() if n},
+        "repaired": dict(ledger.total("changed")),
+        "stages": ledger.as_rows(),
+        **work.facts,
+        "tasks": _task_grid(made, facts),
+        "weighted": made["train"].weighted,
         "sources": work.sources,
         "parts": parts,
         "max_length": settings.max_length,
@@ -371,6 +770,58 @@ def _report(
         "template": chat.template_name,
         "notes": chat.notes,
     }
+
+
+def _task_grid(made: dict[PartName, Made], facts: Facts) -> dict[str, Any] | None:
+    """Counts, tokens and lengths of every task and sub-task in every part; None where no sample has a task."""
+    if not facts.told:
+        return None
+    grid = []
+    for number, label in enumerate(facts.tasks.labels):
+        line: dict[str, Any] = {"task": label[0], "subtask": label[1] if len(label) > 1 else "", "number": number}
+        for name in PARTS:
+            part = made[name]
+            of_rows = np.repeat(np.array([facts.task_of[at] for at in part.order], np.int32), part.rows_of_order)
+            mine = of_rows == number
+            lengths = part.lengths[mine]
+            line[name] = {
+                "samples": sum(facts.task_of[at] == number for at in part.samples),
+                "rows": int(mine.sum()),
+                "tokens": int(lengths.sum()),
+                "supervised": int(part.supervised[mine].sum()),
+                "median": int(np.median(lengths)) if len(lengths) else 0,
+            }
+        grid.append(line)
+    grid.sort(key=lambda line: (line["task"], line["subtask"]))
+    return {"grid": grid, "came_from": {what: n for what, n in facts.tasks.came_from.items() if n}}
+
+
+def _diversity(made: Made, rows: Rows, seed: int) -> dict[str, Any] | None:
+    """Of at most diversity.SAMPLED training prompts, chosen by seed and content."""
+    if not made.samples:
+        return None
+    numbers = made.samples
+    if len(numbers) > SAMPLED:
+        keys = rows.prompts
+        numbers = sorted(numbers, key=lambda at: digest(seed, bytes(keys[at]).hex()))[:SAMPLED]
+    return {"prompts": len(made.samples), **measure([rows.prompt(at) for at in numbers], seed)}
+
+
+def _examples(made: Made, rows: Rows, facts: Facts, seed: int) -> list[dict[str, Any]]:
+    """A few training samples to look at, chosen by seed and content."""
+    keys = rows.keys
+    chosen = sorted(
+        made.samples[:: max(1, len(made.samples) // 500)], key=lambda at: digest(seed, bytes(keys[at]).hex())
+    )
+    shown = []
+    for at in chosen[:EXAMPLES]:
+        row = json.loads(rows.line(at))
+        turns = [(m["role"], m["content"][:1500]) for m in row.get("messages", row.get("prompt", ()))]
+        if "text" in row:
+            turns = [("text", row["text"][:1500])]
+        task = named(facts.tasks.labels[facts.task_of[at]]) if facts.told else ""
+        shown.append({"where": str(rows.origin(at)), "task": task, "turns": turns})
+    return shown
 
 
 def _unknown_id(chat: Chat) -> int | None:
@@ -381,24 +832,38 @@ def _unknown_id(chat: Chat) -> int | None:
 
 def _ends_trained(tokens: Tokens, chat: Chat) -> bool:
     """Whether the last trained token ends a turn; it does not where the sample was cut."""
-    trained = [token for token, on in zip(tokens.ids, tokens.train_on, strict=True) if on]
-    return bool(trained) and trained[-1] in chat.stop_ids
+    at = len(tokens.ids) - 1
+    while at >= 0 and not tokens.train_on[at]:
+        at -= 1
+    return at >= 0 and tokens.ids[at] in chat.stop_ids
 
 
-def _histogram(lengths: list[int], limit: int, bins: int = 16) -> list[list[int]]:
+def _histogram(lengths: np.ndarray, limit: int, bins: int = 16) -> list[list[int]]:
     """[[from, to, rows], ...] over equal ranges up to the limit."""
     width = -(-limit // bins)
-    counts = Counter(min((length - 1) // width, bins - 1) for length in lengths if length)
-    return [[b * width + 1, min((b + 1) * width, limit), counts[b]] for b in range(bins)]
+    counts = np.bincount(np.minimum((lengths[lengths > 0] - 1) // width, bins - 1), minlength=bins)
+    return [[b * width + 1, min((b + 1) * width, limit), int(counts[b])] for b in range(bins)]
 
 
-def _require_training_data(report: dict[str, Any], work: _Work, run: RunDir) -> None:
-    if report["parts"]["train"]["supervised"]:
-        return
-    write_jsonl(run.quarantine, work.quarantine)
-    write_json(run.data_report, report)
+def _spread(lengths: np.ndarray) -> dict[str, Any]:
+    """Median, 95th percentile, longest, and a histogram over doublings: [[from, to, samples], ...]."""
+    if not len(lengths):
+        return {"median": 0, "high": 0, "longest": 0, "histogram": []}
+    edges = [0, 8]
+    while edges[-1] <= lengths.max():
+        edges.append(2 * edges[-1])
+    counts, _ = np.histogram(lengths, edges)
+    return {
+        "median": int(np.median(lengths)),
+        "high": int(np.quantile(lengths, 0.95, method="higher")),
+        "longest": int(lengths.max()),
+        "histogram": [[a, b - 1, int(n)] for a, b, n in zip(edges, edges[1:], counts, strict=False)],
+    }
+
+
+def _nothing_to_train(report: dict[str, Any], run: RunDir) -> DataError:
     reasons = [f"{n} {reason}" for reason, n in [*report["removed"].items(), *report["quarantined"].items()]]
-    raise DataError(
+    return DataError(
         f"no token is left to train on: of {report['samples']} samples "
         + ("; ".join(reasons) or "none is for training"),
         where=str(run.data),
@@ -417,33 +882,12 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-# samples as plain rows, for quarantine.jsonl and test.jsonl
-
-
-def as_row(sample: Sample) -> dict[str, Any]:
-    """A sample as a JSON-able row; a Conversation comes back with `from_row`."""
-    origin = {"file": sample.origin.file, "line": sample.origin.line, "part": sample.origin.part}
-    if isinstance(sample, Text):
-        return {"text": sample.text, "origin": origin, "meta": sample.meta}
-    if isinstance(sample, Conversation):
-        messages = [{**message.as_dict(), "train": message.train} for message in sample.messages]
-        return {"messages": messages, "tools": list(sample.tools), "meta": sample.meta, "origin": origin}
-    return {
-        "prompt": [message.as_dict() for message in sample.prompt],
-        "chosen": sample.chosen.as_dict(),
-        "rejected": sample.rejected.as_dict(),
-        "origin": origin,
-    }
-
-
-def from_row(row: dict[str, Any]) -> Conversation:
-    messages = []
-    for message in row["messages"]:
-        extra = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
-        messages.append(Message(message["role"], message["content"], message["train"], extra=extra))
-    return Conversation(tuple(messages), Origin(**row["origin"]), tuple(row["tools"]), row["meta"])
+def kept_samples(run: RunDir, part: PartName) -> Iterator[Sample]:
+    """The samples of a part of a prepared run, as they were said, one at a time."""
+    path = run.data / f"{part}.jsonl"
+    return (from_row(row) for row in read_jsonl(path)) if path.exists() else iter(())
 
 
 def test_conversations(run: RunDir) -> list[Conversation]:
     """The test part of a prepared run, as it was said."""
-    return [from_row(row) for row in read_jsonl(run.test_rows)] if run.test_rows.exists() else []
+    return [sample for sample in kept_samples(run, "test") if isinstance(sample, Conversation)]

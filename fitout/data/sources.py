@@ -12,14 +12,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..chat.types import Origin
 from ..errors import DataError
 from . import HUB_ID, SourceSettings
-from .readers import READERS, BadRow, RawRow, Rows, extension, plain, read_file
+from .readers import ARCHIVE, READERS, BadRow, RawRow, Rows, extension, in_archive, plain, read_file
 
-__all__ = ["BadRow", "Listing", "RawRow", "list_files", "probe", "read"]
+__all__ = ["BadRow", "Listing", "RawRow", "list_files", "named", "probe", "read"]
 
-KNOWN = ", ".join(READERS) + ", each also with .gz"
+KNOWN = ", ".join(READERS) + f", each also with .gz or in a {ARCHIVE}"
 
 
 @dataclass
@@ -31,6 +33,14 @@ class Listing:
 
     files: list[tuple[Path, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def named(path: str, format: str | None = None) -> SourceSettings:
+    """A source as a command line names it. Raises DataError for a hub id or a format that is none."""
+    try:
+        return SourceSettings(path=path, format=format)
+    except ValidationError as error:
+        raise DataError(error.errors()[0]["msg"].removeprefix("Value error, "), where=path) from None
 
 
 def read(source: SourceSettings, base: Path) -> Iterator[RawRow | BadRow]:
@@ -55,8 +65,8 @@ def probe(source: SourceSettings, base: Path, count: int = 100) -> list[dict[str
     each = -(-count // len(chosen))
     found: list[dict[str, Any]] = []
     for path, name in chosen:
-        with closing(read_file(path, name, source.encoding)) as rows:
-            found += [row.row for row in islice(rows, each) if isinstance(row, RawRow)]
+        with closing(read_file(path, name, source.encoding, each)) as rows:
+            found += [row.row for row in islice(rows, count) if isinstance(row, RawRow)]
     return found
 
 
@@ -83,12 +93,14 @@ def list_files(source: SourceSettings, base: Path) -> Listing:
         return listing
     if not path.exists():
         raise missing(path, source.path)
+    if extension(path) == ARCHIVE:
+        return Listing([(path, printable(source.path))], in_archive(path, printable(source.path)).skipped)
     if extension(path) not in READERS:
         raise DataError(
             f"files ending in {extension(path) or 'nothing'!r} are not known",
             where=source.path,
             harm="Guessing its form could read it wrongly.",
-            hint=f"Known are {KNOWN}; unpack archives, rename a file that has another ending.",
+            hint=f"Known are {KNOWN}; unpack other archives, rename a file that has another ending.",
         )
     return Listing(files=[(path, printable(source.path))])
 
@@ -110,6 +122,8 @@ def list_folder(folder: Path, name: str) -> Listing:
                 listing.skipped.append((shown(path, folder, name), reason))
             else:
                 listing.files.append((path, shown(path, folder, name)))
+                if extension(path) == ARCHIVE:
+                    listing.skipped += in_archive(path, shown(path, folder, name)).skipped
     listing.files.sort(key=lambda item: item[1])
     listing.skipped.sort()
     return listing
@@ -118,7 +132,7 @@ def list_folder(folder: Path, name: str) -> Listing:
 def reason_to_skip(path: Path) -> str:
     if path.name.startswith("."):
         return "a hidden file"
-    if extension(path) not in READERS:
+    if extension(path) not in (*READERS, ARCHIVE):
         return "an unknown ending"
     if not path.is_file():
         return "not a file"
@@ -174,9 +188,9 @@ def hub_rows(found: re.Match[str]) -> Rows:
     except Exception as error:  # the hub libraries raise anything from HTTP, file systems and their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"the hub gave no data after row {number}: {reason}",
+            f"the hub gave no data{f' after row {number}' if number else ''}: {reason}",
             where=path,
-            harm="The rows from there on would be missing.",
+            harm="The rows from there on would be missing." if number else "There would be nothing to train on.",
             hint="Check id, config and split (hf://owner/name/config:split), the network, and HF_TOKEN for gated data; "
             "HF_ENDPOINT names a mirror.",
         ) from error
@@ -188,7 +202,7 @@ def load_huggingface(name: str, config: str | None, split: str) -> Any:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
-        raise not_installed("datasets", f"hf://{name}") from error
+        raise not_installed("datasets", "fitout[hub]", f"hf://{name}", error) from error
     return load_dataset(name, config, split=split, streaming=True)
 
 
@@ -196,14 +210,17 @@ def load_modelscope(name: str, config: str | None, split: str) -> Any:
     try:
         from modelscope.msdatasets import MsDataset
     except ModuleNotFoundError as error:
-        raise not_installed("modelscope", f"ms://{name}") from error
+        raise not_installed("modelscope", "fitout[modelscope]", f"ms://{name}", error) from error
     return MsDataset.load(name, subset_name=config, split=split)
 
 
-def not_installed(package: str, where: str) -> DataError:
+def not_installed(package: str, extra: str, where: str, error: ModuleNotFoundError) -> DataError:
+    """The package itself may be there without what its data sets need (modelscope comes so)."""
+    lacking = (error.name or package).partition(".")[0]
+    needs = "" if lacking == package else f" with {lacking}"
     return DataError(
-        f"reading it needs the package {package}, which is not installed",
+        f"reading it needs the package {package}{needs}, which is not installed",
         where=where,
         harm="Its rows cannot be read.",
-        hint=f"Run `pip install {package}`, or download the data set and name its folder.",
+        hint=f"Run `pip install '{extra}'`, or download the data set and name its folder.",
     )

@@ -5,59 +5,125 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..chat.types import Sample
+import numpy as np
+
 from . import Part, SplitSettings
-from .content import content_key, digest, prompt_key
+from .content import digest
 
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 HELD_OUT: tuple[Part, ...] = ("test", "validation")
+Label = tuple[str, ...]
 
 
 def split(
-    samples: Sequence[Sample], settings: SplitSettings, seed: int, fixed: Mapping[str, Part] | None = None
-) -> dict[Part, list[Sample]]:
-    """Parts of the samples, in their own order. Samples with the same prompt always share a part.
+    groups: Sequence[Any],
+    settings: SplitSettings,
+    seed: int,
+    fixed: Sequence[Part | None] | None = None,
+    labels: Sequence[Label] | None = None,
+) -> dict[Part, np.ndarray]:
+    """The numbers of the samples of each part, in rising order. Samples of one group always share a part.
 
-    Groups (one a prompt) are put in an order that depends on the seed and their content alone, and fill first the test
-    and then the validation share; a group too large for what is left of a share is passed over, so the counts are exact
-    wherever groups allow it, and all else is training. Adding rows or reordering files moves only rows at the edges.
+    groups  (n,) what must stay together: equal for twins, for one conversation, one author. Bytes or text; the order in
+            which groups are drawn depends on the seed and on these names alone, so that adding rows or reordering files
+            moves only rows at the edges
+    fixed   (n,) the part that a sample's file was given, None where it is free. A part that has such samples takes none
+            of the others (training has its share), except for samples whose group is among the fixed ones: they go to
+            where that is, test before validation before training. Only a group that fixed files themselves repeat can
+            stand in two parts; `straddling` counts those
+    labels  (n,) task and sub-task (any depth). Each part gets its share of every label, exactly where groups allow it
 
-    `fixed` maps a file (as in `origin.file`) to the part its rows are. A part that has such rows takes none of the
-    other rows (training has its share), except for rows whose prompt is among the fixed ones: they go to where that is,
-    test before validation before training, so that no prompt of the test set is trained on. Only a prompt that fixed
-    files themselves repeat can stand in two parts; `straddling` counts those.
+    Groups fill first the test and then the validation share of their label (their most frequent one); a group too large
+    for what is left of it is passed over, and all else is training.
     """
-    fixed = fixed or {}
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    home: dict[bytes, Part] = {}  # prompts that a fixed file has, and the part that draws the others to it
-    part_of: dict[int, Part] = {}
-    for at, sample in enumerate(samples):
-        key = prompt_key(sample)
-        part = fixed.get(sample.origin.file)
+    count = len(groups)
+    fixed = fixed if fixed is not None else [None] * count
+    members: dict[Any, list[int]] = defaultdict(list)
+    home: dict[Any, Part] = {}  # groups that a fixed file has, and the part that draws the others to it
+    part_of = np.full(count, -1, np.int8)
+    for at, name in enumerate(groups):
+        part = fixed[at]
         if part is None:
-            groups[key].append(at)
+            members[name].append(at)
         else:
-            part_of[at] = part
-            home[key] = max(part, home.get(key, part), key=PARTS.index)
+            part_of[at] = PARTS.index(part)
+            home[name] = max(part, home.get(name, part), key=PARTS.index)
+    for name in members.keys() & home.keys():
+        part_of[members.pop(name)] = PARTS.index(home[name])
 
-    free = {key: rows for key, rows in groups.items() if key not in home}
-    for key in groups.keys() & home.keys():
-        part_of.update((at, home[key]) for at in groups[key])
+    shares = free_shares(settings, {part for part in fixed if part is not None})
+    label_of = {name: _most_frequent(labels, rows) for name, rows in members.items()}
+    sizes = Counter[Label]()
+    for name, rows in members.items():
+        sizes[label_of[name]] += len(rows)
+    quota = label_quotas(sizes, shares)
+    left_over = PARTS.index(max(PARTS, key=lambda part: (part == "train" and shares[part] > 0, shares[part])))
+    ordered = sorted(members, key=lambda name: digest(seed, name.hex() if isinstance(name, bytes) else name))
+    rest = []
+    for name in ordered:
+        size, mine = len(members[name]), quota[label_of[name]]
+        part = next((part for part in HELD_OUT if size <= mine[part]), None)
+        if part is None:
+            rest.append(name)
+            continue
+        mine[part] -= size
+        part_of[members[name]] = PARTS.index(part)
+    missing = {part: sum(mine[part] for mine in quota.values()) for part in HELD_OUT}
+    for name in rest:  # what groups too large for their label's share left open, any label may fill
+        part = next((part for part in HELD_OUT if len(members[name]) <= missing[part]), None)
+        if part is not None:
+            missing[part] -= len(members[name])
+        part_of[members[name]] = left_over if part is None else PARTS.index(part)
+    return {part: np.flatnonzero(part_of == at) for at, part in enumerate(PARTS)}
 
-    shares = free_shares(settings, set(fixed.values()))
-    quota = quotas(sum(map(len, free.values())), shares)
-    left_over = max(PARTS, key=lambda part: (part == "train" and shares[part] > 0, shares[part]))
-    for key in sorted(free, key=lambda key: digest(seed, key.hex())):
-        rows = free[key]
-        goes_to = next((part for part in HELD_OUT if len(rows) <= quota[part]), left_over)
-        quota[goes_to] -= len(rows)
-        part_of.update((at, goes_to) for at in rows)
 
-    parts: dict[Part, list[Sample]] = {part: [] for part in PARTS}
-    for at, sample in enumerate(samples):
-        parts[part_of[at]].append(sample)
-    return parts
+def _most_frequent(labels: Sequence[Label] | None, rows: list[int]) -> Label:
+    if labels is None:
+        return ()
+    if len(rows) == 1:
+        return labels[rows[0]]
+    counts = Counter(labels[at] for at in rows)
+    return min(counts, key=lambda label: (-counts[label], label))
+
+
+def label_quotas(sizes: Mapping[Label, int], shares: Mapping[Part, float]) -> dict[Label, dict[Part, int]]:
+    """For each label whole numbers a part: as many samples as the label has, and over all labels the quotas of all.
+
+    Level by level: a task's quota is divided over its sub-tasks, each within one of its share.
+    """
+    whole = quotas(sum(sizes.values()), shares)
+    result: dict[Label, dict[Part, int]] = {label: dict.fromkeys(PARTS, 0) for label in sizes}
+    for part in HELD_OUT:
+        _divide(dict(sizes), whole[part], shares[part], 0, part, result)
+    for label, mine in result.items():
+        while sum(mine[part] for part in HELD_OUT) > sizes[label]:  # both rounded up on a label of one or two
+            mine[max(HELD_OUT, key=lambda part: mine[part])] -= 1
+        mine["train"] = sizes[label] - mine["test"] - mine["validation"]
+    return result
+
+
+def _divide(
+    sizes: dict[Label, int], total: int, share: float, depth: int, part: Part, result: dict[Label, dict[Part, int]]
+) -> None:
+    """Gives `total` samples of a part to labels that are equal up to `depth`, by largest remainder at each level."""
+    branches: dict[Label, dict[Label, int]] = defaultdict(dict)
+    for label, size in sizes.items():
+        branches[label[: depth + 1]][label] = size
+    exact = {branch: round(sum(below.values()) * share, 9) for branch, below in branches.items()}
+    given = {branch: min(math.floor(value), total) for branch, value in exact.items()}
+    # validation takes its remainders from the other end, so that small labels do not lose to both
+    by_remainder = sorted(
+        branches, key=lambda b: (exact[b] - math.floor(exact[b]), digest(part, *b)), reverse=True
+    )  # fmt: skip
+    for branch in by_remainder[: max(0, total - sum(given.values()))]:
+        given[branch] += 1
+    for branch, below in branches.items():
+        if len(below) == 1:
+            result[next(iter(below))][part] = given[branch]
+        else:
+            _divide(below, given[branch], share, depth + 1, part, result)
 
 
 def free_shares(settings: SplitSettings, served: set[Part]) -> dict[Part, float]:
@@ -86,34 +152,29 @@ def quotas(count: int, shares: Mapping[Part, float]) -> dict[Part, int]:
     return whole
 
 
-def straddling(parts: Mapping[Part, Sequence[Sample]]) -> int:
-    """How many prompts stand both in training and in validation or test."""
-    trained = {prompt_key(sample) for sample in parts["train"]}
-    held_out = {prompt_key(sample) for sample in (*parts["validation"], *parts["test"])}
-    return len(trained & held_out)
+def straddling(groups: Sequence[Any], parts: Mapping[Part, Sequence[int] | np.ndarray]) -> int:
+    """How many groups stand both in training and in validation or test."""
+    trained = {groups[at] for at in parts["train"]}
+    return len(trained & {groups[at] for part in HELD_OUT for at in parts[part]})
 
 
-def weighted(samples: Sequence[Sample], weights: Mapping[str, float], seed: int) -> list[Sample]:
-    """Training samples, each as often as its file weighs in an epoch; files not in `weights` weigh 1.
+def times_seen(weights: np.ndarray, names: Sequence[str], seed: int) -> np.ndarray:
+    """(n,) how often each training sample is seen in an epoch.
 
-    Weight 2 gives every sample twice, 0.5 a half chosen by seed and content, 1.5 every sample once and a half of them
-    once more. The n samples of one weight become round(n * weight), at least one. Copies follow each other (the order
-    of an epoch shuffles them). `weighting` says what it came to.
+    Weight 2 gives every sample twice, 0.5 a half chosen by seed and name, 1.5 every sample once and a half of them once
+    more. The n samples of one weight become round(n * weight), at least one.
     """
-    by_weight: dict[float, list[int]] = defaultdict(list)
-    for at, sample in enumerate(samples):
-        by_weight[weights.get(sample.origin.file, 1.0)].append(at)
-    copies = [1] * len(samples)
-    for weight, rows in by_weight.items():
-        each, more = divmod(max(1, round(len(rows) * weight)), len(rows))
-        if more:  # which of them is seen once more than the others
-            rows = sorted(rows, key=lambda at: digest(seed, content_key(samples[at]).hex(), str(samples[at].origin)))
-        for rank, at in enumerate(rows):
-            copies[at] = each + (rank < more)
-    return [sample for at, sample in enumerate(samples) for _ in range(copies[at])]
+    times = np.ones(len(weights), np.int64)
+    for weight in np.unique(weights):
+        rows = np.flatnonzero(weights == weight)
+        times[rows] = spread(max(1, round(len(rows) * float(weight))), [names[int(at)] for at in rows], seed)
+    return times
 
 
-def weighting(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, tuple[int, int]]:
-    """For each file whose count the weights changed: samples before and after."""
-    was, now = (Counter(sample.origin.file for sample in samples) for samples in (before, after))
-    return {file: (was[file], now[file]) for file in was if was[file] != now[file]}
+def spread(total: int, names: Sequence[str], seed: int) -> np.ndarray:
+    """(n,) whole numbers that add up to `total` and differ by at most one; seed and name choose who has more."""
+    each, more = divmod(total, len(names))
+    times = np.full(len(names), each, np.int64)
+    if more:
+        times[sorted(range(len(names)), key=lambda at: digest(seed, names[at]))[:more]] += 1
+    return times

@@ -83,6 +83,9 @@ class Engine(Protocol):
     def token_log_probs(self, texts: Sequence[str], max_length: int, *, batch_size: int = 16) -> list[list[float]]: ...
 
 
+#: Columns by which scores are also told: preparing writes task, sub-task and where the key information stands.
+DIMENSIONS = ("task", "subtask", "position", "language")
+
 EngineSource = Engine | Callable[[], AbstractContextManager[Engine]]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
@@ -137,7 +140,7 @@ class EvaluationResult:
 
     rows      one dict a question, as in predictions.jsonl: origin, task, prompt, reference, base, tuned, base_scores,
               tuned_scores
-    groups    {"task": {"capitals": [Comparison, ...]}}, for `task` and `language` of the rows' meta
+    groups    {"task": {"capitals": [Comparison, ...]}}, for each of DIMENSIONS that the rows' meta has
     counts    conversations, asked, skipped, empty answers and finish reasons of each model, seconds
     reading   the row score that sorts examples into fixed, broken and still wrong
     """
@@ -431,9 +434,9 @@ def score(
 def _groups(
     asked: Sequence[Question], found: Sequence[Measure], settings: EvaluateSettings
 ) -> dict[str, dict[str, list[Comparison]]]:
-    """Scores by `task` and by `language`, where the rows say them; rows that do not are in a group of their own."""
+    """Scores by each of DIMENSIONS, where the rows say it; rows that do not are in a group of their own."""
     groups: dict[str, dict[str, list[Comparison]]] = {}
-    for dimension in ("task", "language"):
+    for dimension in DIMENSIONS:
         named: dict[str, list[int]] = {}
         for row, question in enumerate(asked):
             named.setdefault(str(question.meta.get(dimension) or "(not given)"), []).append(row)

@@ -216,8 +216,9 @@ def _data(status: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
         facts[what] = "; ".join(f"{count:,} {why}" for why, count in report[what].items()) or "0"
     facts["training tokens"] = f"{part['tokens']:,}, of them supervised {part['supervised']:,}"
     facts["longest allowed"] = f"{report['max_length']:,} tokens; longer ones: {report['too_long']}"
-    for task, counts in report.get("tasks", {}).items():
-        facts[f"task {task}"] = ", ".join(f"{name} {count}" for name, count in counts.items())
+    for line in (report.get("tasks") or {}).get("grid", ()):
+        counts = ", ".join(f"{part} {line[part]['samples']:,}" for part in report["kept"])
+        facts[f"task {' / '.join(filter(None, (line['task'], line['subtask'])))}"] = counts
     return facts
 
 

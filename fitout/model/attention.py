@@ -2,13 +2,13 @@
 
 Every architecture that calls transformers' attention interface can use it: the forward passes `segments=...` through to
 each layer, no mask is made, and each document attends to itself (causally) and to the documents it continues (fully).
-On CPU this is one SDPA call a document, which does no work between documents: a dense mask over a block of 16 documents
-costs about ten times as much (measured in ../benchmarks).
+On CPU this is one call of PyTorch's kernel a segment, and one more for everything that looks back at a shared segment:
+no work between documents, no mask, no copy of a shared prefix's keys (measured in ../benchmarks).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..layout import Segment
+from . import varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "fitout"
+NOT_COMPUTED = ("position_bias", "sinks", "indices", "block_indices")  # what some architectures hand to their attention
+UNLIKE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest logit, by rounding alone
 WIDE_BACKWARD = (
     512  # tokens; up to here the CPU's backward is faster in fp32 than in bf16, casts included (96: 3 times)
 )
@@ -39,27 +42,55 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: object,
+    s_aux: Tensor | None = None,
+    **more: object,
 ) -> tuple[Tensor, None]:
     """Attention within each segment and to its ancestors.
 
     query (1, H, T, D), key and value (1, K, T, D) with H a multiple of K; returns (1, T, H, D) as transformers expects.
-    `sliding_window` w lets a token see itself and the w - 1 tokens before it in its own document.
+    `sliding_window` w lets a token see itself and the w - 1 tokens before it in its own document; `softcap` c bounds
+    the scores to c tanh(score / c) (Gemma 2, arXiv 2408.00118); `s_aux` (H,) are attention sinks, scores that take part
+    in the softmax and lead nowhere (gpt-oss). Raises ModelError for other special attention.
     """
-    if softcap is not None:
+    special = [name for name in NOT_COMPUTED if more.get(name) is not None]
+    if special or more.get("is_causal") is False:
         raise ModelError(
-            "this model caps its attention scores (softcap), which packed attention does not compute",
-            harm="Leaving the cap out would train another model than the one that is served.",
+            f"this model's attention is special ({', '.join(special) or 'not causal'}), which packed attention is not",
+            harm="Leaving that out would train another model than the one that is served.",
             hint="Set data.packing: false for this model.",
         )
     if segments is None:
         segments = (Segment(0, query.shape[2]),)
+    if softcap is not None or s_aux is not None:
+        return _piece_by_piece(
+            query, key, value, segments, sliding_window,
+            lambda q, k, v, mask: _explicit(q, k, v, mask, scaling, softcap, s_aux, dropout),
+        )  # fmt: skip
     longest = max(segment.length for segment in segments)
     windowed = sliding_window is not None and longest > sliding_window
-    if query.device.type == "cpu" and not dropout and not windowed and all(s.parent < 0 for s in segments):
+    if query.device.type == "cpu" and not dropout and not windowed:
         if torch.is_autocast_enabled("cpu"):  # which casts for PyTorch's own attention, but not inside a function
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         return _Documents.apply(query, key, value, segments, scaling), None
+    if not dropout and varlen.serves(query, key, sliding_window):
+        return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
+    return _piece_by_piece(
+        query, key, value, segments, sliding_window,
+        lambda q, k, v, mask: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        ),
+    )  # fmt: skip
+
+
+def _piece_by_piece(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[Segment],
+    window: int | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+) -> tuple[Tensor, None]:
+    """One call a segment, on the keys of its ancestors and itself; the mask is None where it is the causal one."""
     groups = query.shape[1] // key.shape[1]
     key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
     lengths = [segment.length for segment in segments]
@@ -69,54 +100,106 @@ def packed_attention(
         family = _lineage(segments, index)
         k = keys[index] if len(family) == 1 else torch.cat([keys[i] for i in family], 2)
         v = values[index] if len(family) == 1 else torch.cat([values[i] for i in family], 2)
-        windowed = sliding_window is not None and k.shape[2] > sliding_window
-        mask = _mask(segment.length, k.shape[2], sliding_window, query.device) if len(family) > 1 or windowed else None
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[index], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-            )
-        )
+        windowed = window is not None and k.shape[2] > window
+        mask = _mask(segment.length, k.shape[2], window, query.device) if len(family) > 1 or windowed else None
+        outputs.append(attend(queries[index], k, v, mask))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attention written out, for what PyTorch's kernels do not compute; the scores are there all at once."""
+    scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = _mask(query.shape[2], key.shape[2], None, query.device)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], -1)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return weights[..., : key.shape[2]] @ value
+
+
 class _Documents(torch.autograd.Function):
-    """Causal attention of each document in turn, on a CPU.
+    """Attention of documents and trees of them, on a CPU: each segment causally to itself, and all that continues it
+    fully to it.
 
     PyTorch's own kernels, called on slices of one block, so that nothing is split, joined or zeroed around them, and
-    shared key/value heads are repeated for one document at a time.
+    shared key/value heads are repeated for one segment at a time. What a token sees in several segments is put together
+    by the logarithms of the softmax denominators (Milakov and Gimelshein, arXiv 1805.02867); with the joint denominator
+    and output the kernel's backward gives each segment's share of the gradients.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None):
         batch, heads, length, width = query.shape
-        out = query.new_empty(batch, length, heads, value.shape[-1])
-        norms = []
+        out = query.new_empty(batch, heads, length, value.shape[-1])
+        norm = torch.empty(batch, heads, length, dtype=torch.float32)
+
+        def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
+            q = query[:, :, queries]
+            k, v = (_repeat_heads(x[:, :, keys], heads // x.shape[1]) for x in (key, value))
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
         for s in segments:
-            q, k, v = (_repeat_heads(x[:, :, s.start : s.end], heads // x.shape[1]) for x in (query, key, value))
-            part, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-            out[:, s.start : s.end] = part.transpose(1, 2)
-            norms.append(norm)
-        ctx.save_for_backward(query, key, value, out, *norms)
+            own = slice(s.start, s.end)
+            out[:, :, own], norm[:, :, own] = attend(own, own, True)
+        for s, later in _looked_back_at(segments):
+            part, part_norm = attend(later, slice(s.start, s.end), False)
+            share = torch.sigmoid(part_norm - norm[:, :, later]).unsqueeze(-1).to(out.dtype)
+            out[:, :, later].lerp_(part, share)
+            norm[:, :, later] = torch.logaddexp(norm[:, :, later], part_norm)
+        ctx.save_for_backward(query, key, value, out, norm)
         ctx.segments, ctx.scale = segments, scale
-        return out
+        return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        query, key, value, out, *norms = ctx.saved_tensors
-        grad, own, heads = grads[0].transpose(1, 2), out.transpose(1, 2), query.shape[1]
-        results = [torch.empty_like(x) for x in (query, key, value)]
-        for s, norm in zip(ctx.segments, norms, strict=True):
-            part = [x[:, :, s.start : s.end] for x in (grad, query, key, value, own)]
-            part = [_repeat_heads(x, heads // x.shape[1]) for x in part]
-            if query.dtype == torch.bfloat16 and s.length <= WIDE_BACKWARD:
+        query, key, value, out, norm = ctx.saved_tensors
+        grad, heads = grads[0].transpose(1, 2), query.shape[1]
+
+        def slopes(queries: slice, keys: slice, causal: bool) -> list[Tensor]:
+            part = [x[:, :, queries] for x in (grad, query, out)]
+            part[2:2] = [_repeat_heads(x[:, :, keys], heads // x.shape[1]) for x in (key, value)]
+            if query.dtype == torch.bfloat16 and queries.stop - queries.start <= WIDE_BACKWARD:
                 part = [x.float() for x in part]
-            slopes = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *part, norm, 0.0, True, scale=ctx.scale
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *part, norm[:, :, queries], 0.0, causal, scale=ctx.scale
             )
-            for whole, slope in zip(results, slopes, strict=True):
-                groups = heads // whole.shape[1]
-                whole[:, :, s.start : s.end] = slope.unflatten(1, (-1, groups)).sum(2) if groups > 1 else slope
+            return [
+                slope if slope.shape[1] == whole.shape[1] else slope.unflatten(1, (whole.shape[1], -1)).sum(2)
+                for whole, slope in zip((query, key, value), found, strict=True)
+            ]
+
+        results = [torch.empty_like(x) for x in (query, key, value)]
+        for s in ctx.segments:
+            own = slice(s.start, s.end)
+            for whole, slope in zip(results, slopes(own, own, True), strict=True):
+                whole[:, :, own] = slope
+        for s, later in _looked_back_at(ctx.segments):
+            seen = slice(s.start, s.end)
+            for whole, at, slope in zip(results, (later, seen, seen), slopes(later, seen, False), strict=True):
+                whole[:, :, at] += slope
         return *results, None, None
+
+
+def _looked_back_at(segments: Sequence[Segment]) -> list[tuple[Segment, slice]]:
+    """Each segment that others continue, and the tokens of all that do, which stand right behind it."""
+    behind = [0] * len(segments)
+    for index in reversed(range(len(segments))):
+        parent = segments[index].parent
+        if parent >= 0:
+            behind[parent] += segments[index].length + behind[index]
+    return [(s, slice(s.end, s.end + tokens)) for s, tokens in zip(segments, behind, strict=True) if tokens]
 
 
 def _repeat_heads(states: Tensor, groups: int) -> Tensor:
@@ -171,6 +254,48 @@ def documents_apart(model: PreTrainedModel) -> float | None:
         return None
     moved[second] = 0
     return float(moved.max())
+
+
+@torch.no_grad()
+def unlike_own(model: PreTrainedModel, kind: str) -> float:
+    """How far one document's logits with attention `kind` are from those of the model's own attention written out
+    (`eager`), over the largest logit. An attention that drops what an architecture asks for (a cap, sinks, a bias)
+    shows here."""
+    vocab, device = model.config.get_text_config(decoder=True).vocab_size, next(model.parameters()).device
+    ids = torch.randint(vocab, (1, 40), generator=torch.Generator().manual_seed(1)).to(device)
+    training, before = model.training, model.config._attn_implementation
+    model.eval()
+    logits = []
+    try:
+        for each in ("eager", kind):
+            model.set_attn_implementation(each)
+            logits.append(model(input_ids=ids, use_cache=False).logits.float())
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+    return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why this model cannot be trained on packed documents, or None. Asks the model itself."""
+    try:
+        gap = unlike_own(model, NAME)
+        moved = documents_apart(model)
+    except ModelError as error:
+        return error.message
+    if gap > UNLIKE[model.dtype]:
+        return (
+            f"packed attention does not compute what this model's own does (logits differ by {gap:.2g} of the largest)"
+        )
+    if moved is None:
+        return "whether packed documents see each other cannot be shown (logits did not move)"
+    return f"this model carries information across packed documents (logits moved by {moved:.2g})" if moved else None
+
+
+def use_unpacked(model: PreTrainedModel) -> None:
+    """Gives the model transformers' fast attention where it computes what the model's own does, else its own."""
+    fast = getattr(model, "_supports_sdpa", False) and unlike_own(model, "sdpa") <= UNLIKE[model.dtype]
+    model.set_attn_implementation("sdpa" if fast else "eager")
 
 
 def register() -> None:

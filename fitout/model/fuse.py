@@ -64,7 +64,7 @@ class _Norm:
 
 
 def _same_norm(module: Any) -> bool:
-    own = copy.deepcopy(module).float().cpu()
+    own = copy.deepcopy(module).to_empty(device="cpu").float()  # not .cpu(): it may have a shape and no values
     width = own.weight.shape[0]
     with torch.no_grad():
         own.weight.copy_(_random(width))

@@ -49,7 +49,7 @@ def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     The head runs on the supervised positions only, in chunks, when it is a plain linear layer; a model that does more
     to its logits (soft-capping, scaling, an adapted head) goes through its own forward at those positions.
     """
-    device = next(model.parameters()).device
+    device = getattr(model, "fitout_device", None) or next(model.parameters()).device  # off-loaded ones are elsewhere
     at = torch.from_numpy(layout.target_at).to(device)
     tokens = torch.from_numpy(layout.target_token).to(device)
     weights = torch.from_numpy(layout.target_weight).to(device)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+PARALLEL = ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3")
 FIRST_BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens a micro-batch begins with where the recipe says `auto`
 
 
@@ -41,16 +42,35 @@ class TrainSettings(BaseModel):
     on_nonfinite: Literal["skip", "stop"] = Field(
         "skip", description="a step with NaN or Inf: skip it (ten in a row end the run), or stop at the first"
     )
-    hang_minutes: float | None = Field(
-        30, gt=0, description="end the process when no micro-batch has ended for so long; null for never"
-    )
     seed: int = Field(0, ge=0)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept besides the best")
     evaluate_every: int | None = Field(None, ge=1, description="steps between validations; default once an epoch")
     keep: Literal["best", "last"] = Field("best", description="which weights the run ends with (best: by validation)")
     patience: int | None = Field(None, ge=1, description="stop after so many validations without improvement")
+    parallel: str = Field(
+        "auto",
+        description="how ranks share the work: auto, ddp (each holds all), fsdp, zero1, zero2, zero3, or a DeepSpeed "
+        "JSON or accelerate YAML file",
+    )
+    offload: bool = Field(
+        False, description="fsdp: parameters and optimizer, zero: the optimizer in main memory; slower, and more fits"
+    )
+    hang_after: float = Field(1800, ge=1, description="seconds without a forward until a process is taken as hung")
     listeners: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+
+    @field_validator("parallel")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in PARALLEL and not value.endswith((".json", ".yaml", ".yml")):
+            raise ValueError(f"{value!r} is not one of {', '.join(PARALLEL)}, nor a .json or .yaml file")
+        return value
+
+    @model_validator(mode="after")
+    def _offload_has_an_engine(self) -> Self:
+        if self.offload and self.parallel in ("auto", "ddp"):
+            raise ValueError("offload needs parallel: fsdp, zero1, zero2 or zero3 (also with one process)")
+        return self
 
     @model_validator(mode="after")
     def _warmup_makes_sense(self) -> Self:

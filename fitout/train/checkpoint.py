@@ -13,6 +13,7 @@ JSON only: nothing here can run code when it is read.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 
 from ..errors import CheckError
 from ..files import read_json, sha256_file, staged_folder, write_json, write_text
-from ..model.load import write_tensors
+from ..model.load import Pending, write_tensors
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
@@ -51,7 +52,11 @@ class Checkpoints:
         return self.folder / f"step-{step}"
 
     def save(
-        self, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], state: dict[str, Any]
+        self,
+        step: int,
+        weights: Mapping[str, torch.Tensor | Pending],
+        optimizer: Mapping[str, torch.Tensor | Pending],
+        state: dict[str, Any],
     ) -> Path:
         """Writes the checkpoint of `step` completely or not at all, then names it in LATEST."""
         path = self.path(step)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import RequestError
-from ..files import read_jsonl, write_jsonl
+from ..errors import FitoutError, RequestError
+from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..rundir import RunDir
 
 
@@ -64,43 +65,123 @@ class TensorBoard:
 
 
 class WandB:
+    """Weights & Biases; its files are in the run directory, and a run that goes on is the same one there."""
+
+    name = "wandb"
+
+    def __init__(self, run: RunDir):
+        self.run = run
+
     def start(self, info: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
-        self._run = wandb.init(project="fitout", name=info["name"], config=info["recipe"], resume="allow")
+        import wandb
+
+        known = _known(self.run, self.name, info)
+        self._run = wandb.init(
+            project="fitout", name=info["name"], config=info["recipe"], dir=self.run.path, id=known, resume="allow"
+        )
+        _remember(self.run, self.name, self._run.id)
 
     def row(self, row: dict[str, Any]) -> None:
-        self._run.log(_numbers(row), step=row["step"])
+        if numbers := _numbers(row):
+            self._run.log(numbers, step=row["step"])
 
     def close(self) -> None:
         self._run.finish()
 
 
 class MLflow:
+    """MLflow: the server that it is set up for (MLFLOW_TRACKING_URI), else a folder in the run directory."""
+
+    name = "mlflow"
+
+    def __init__(self, run: RunDir):
+        self.run = run
+
     def start(self, info: dict[str, Any]) -> None:
-        try:
-            import mlflow
-        except ImportError:
-            raise _missing("mlflow") from None
+        import mlflow
+
         self._mlflow = mlflow
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else it asks for a database
+            mlflow.set_tracking_uri((self.run.path / "mlflow").absolute().as_uri())
         mlflow.set_experiment("fitout")
-        mlflow.start_run(run_name=info["name"])
+        known = _known(self.run, self.name, info)
+        begun = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=info["name"])
+        if not known:
+            mlflow.log_params(dict(_flat(info["recipe"])))
+        _remember(self.run, self.name, begun.info.run_id)
 
     def row(self, row: dict[str, Any]) -> None:
-        self._mlflow.log_metrics(_numbers(row), step=row["step"])
+        if numbers := _numbers(row):
+            self._mlflow.log_metrics(numbers, step=row["step"])
 
     def close(self) -> None:
         self._mlflow.end_run()
 
 
-def _missing(package: str) -> RequestError:
-    return RequestError(
-        f"the package {package} is not installed",
-        where="train.listeners",
-        hint=f"Install it with: pip install 'fitout[{package}]', or take it out of train.listeners.",
-    )
+class Service:
+    """A listener that a service outside stands behind. One that cannot be started ends the run before its first step;
+    one that fails later is told of once and left alone, and the training goes on."""
+
+    def __init__(self, inner: WandB | MLflow, say: Callable[[str], None]):
+        self.inner, self.say = inner, say
+        self.lost = False
+
+    def start(self, info: dict[str, Any]) -> None:
+        name = self.inner.name
+        try:
+            self.inner.start(info)
+        except ModuleNotFoundError as error:
+            raise RequestError(
+                f"the package {error.name} is not installed",
+                where="train.listeners",
+                hint=f"Install it with: pip install 'fitout[{name}]', or take it out of train.listeners.",
+            ) from error
+        except Exception as error:  # a service raises anything of its own, of the network and of the file system
+            raise FitoutError(
+                f"{name} cannot be started: {_first_line(error)}",
+                where="train.listeners",
+                harm="The run would go unwatched.",
+                hint=f"Set {name} up, or take it out of train.listeners; log.jsonl and tensorboard/ need no service.",
+            ) from error
+
+    def row(self, row: dict[str, Any]) -> None:
+        self._unless_lost(lambda: self.inner.row(row))
+
+    def close(self) -> None:
+        self._unless_lost(self.inner.close)
+
+    def _unless_lost(self, act: Callable[[], None]) -> None:
+        if self.lost:
+            return
+        try:
+            act()
+        except Exception as error:  # as above
+            self.lost = True
+            self.say(f"{self.inner.name} gets nothing more: {_first_line(error)}; the training goes on, see log.jsonl")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _known(run: RunDir, name: str, info: dict[str, Any]) -> str | None:
+    """The id under which a service knows this run, when the run goes on."""
+    return read_json(run.services).get(name) if info["from_step"] and run.services.exists() else None
+
+
+def _remember(run: RunDir, name: str, identity: str) -> None:
+    before = read_json(run.services) if run.services.exists() else {}
+    write_json(run.services, {**before, name: identity})
+
+
+def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """`train.lr` and so on; lists as JSON, cut to what MLflow takes."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", json.dumps(value, ensure_ascii=False)[:500]
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
@@ -113,6 +194,11 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
     return {f"train/{name}": row[name] for name in names}
 
 
-def make_listeners(names: Sequence[str], run: RunDir) -> list[Listener]:
-    made: dict[str, Listener] = {"tensorboard": TensorBoard(run.tensorboard), "wandb": WandB(), "mlflow": MLflow()}
+def make_listeners(names: Sequence[str], run: RunDir, say: Callable[[str], None]) -> list[Listener]:
+    """log.jsonl, and what the recipe names; `say` tells people of a service that is lost on the way."""
+    made: dict[str, Listener] = {
+        "tensorboard": TensorBoard(run.tensorboard),
+        "wandb": Service(WandB(run), say),
+        "mlflow": Service(MLflow(run), say),
+    }
     return [JsonLog(run.log), *(made[name] for name in names)]

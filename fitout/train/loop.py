@@ -22,9 +22,9 @@ from ..rundir import RunDir
 from . import FIRST_BUDGET, TrainSettings
 from .backend import Backend
 from .checkpoint import Checkpoint, Checkpoints
-from .guard import FiniteGuard, Interrupted, StopRequest, Watchdog
+from .guard import FiniteGuard, Interrupted, StopRequest
 from .listeners import Listener
-from .optim import learning_rate, load_state_tensors, make_optimizer, state_tensors
+from .optim import learning_rate, make_optimizer
 from .step import StepResult, mean_loss, train_step
 
 T = TypeVar("T")
@@ -71,8 +71,8 @@ class Job:
 def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bool = False) -> Progress:
     """Trains to `total_steps`, or to early stopping. Raises Stopped (with a checkpoint saved) on SIGTERM and SIGINT:
     between two micro-batches, so that not even a long step or validation is waited for."""
-    with StopRequest() as stop, _watchdog(job, backend) as watchdog:
-        run = _Run(job, backend, listeners if backend.main else (), stop, watchdog)
+    with StopRequest() as stop:
+        run = _Run(job, backend, listeners if backend.main else (), stop)
         try:
             run.begin(resume)
             while run.at.step < job.total_steps and not run.at.stopped_early:
@@ -92,21 +92,13 @@ def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bo
     return run.at
 
 
-def _watchdog(job: Job, backend: Backend) -> Watchdog:
-    stacks = job.run.stacks(backend.rank)
-    return Watchdog(job.settings.hang_minutes, stacks, lambda line: job.run.update_status(status="failed", error=line))
-
-
 class _Run:
     """The loop's state and its moves."""
 
-    def __init__(
-        self, job: Job, backend: Backend, listeners: Sequence[Listener], stop: StopRequest, watchdog: Watchdog
-    ):
-        self.job, self.backend, self.listeners = job, backend, listeners
-        self.stop, self.watchdog = stop, watchdog
+    def __init__(self, job: Job, backend: Backend, listeners: Sequence[Listener], stop: StopRequest):
+        self.job, self.backend, self.listeners, self.stop = job, backend, listeners, stop
         self.parameters = trainable(job.model)
-        self.optimizer = make_optimizer(self.parameters, job.settings, job.method.rates(job.model))
+        self.optimizer: Any = None  # made when the backend takes the model over
         self.checkpoints = Checkpoints(job.run.checkpoints)
         self.listening: list[Listener] = []  # those that were started
         self.finite = FiniteGuard(job.settings.on_nonfinite)
@@ -119,12 +111,15 @@ class _Run:
         checkpoint, passed_over = self.checkpoints.newest() if resume else (None, [])
         if checkpoint:
             self._restore(checkpoint)
+            self._engage()
+            self.backend.load_moments(self.optimizer, self.parameters, checkpoint.optimizer())
         else:
             self.job.method.begin(self.job.model, self._gradients)
             state = self.job.method.state(self.job.model)
             self.backend.same_everywhere([*self.parameters.values(), *state.values()])
             if state and self.backend.ranks > 1:
                 self.job.method.restore(self.job.model, state)
+            self._engage()
         for listener in self.listeners:
             listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
             self.listening.append(listener)
@@ -135,6 +130,13 @@ class _Run:
         self.job.model.train()
         if (self.at.step == 0 or self.evaluation_due()) and not self._evaluated():  # a stop may have come within it
             self.evaluate()
+
+    def _engage(self) -> None:
+        """From here on the model is the backend's: parameters may be divided, and change only by its steps."""
+        settings, rates = self.job.settings, self.job.method.rates(self.job.model)
+        self.parameters, self.optimizer = self.backend.engage(
+            self.job.model, self.job.objective, lambda parameters: make_optimizer(parameters, settings, rates)
+        )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         saved, wanted = checkpoint.state["identity"], self.job.identity
@@ -147,7 +149,6 @@ class _Run:
                 hint="Undo the change, or start anew with another name or --out.",
             )
         self._put_back(checkpoint.weights())
-        load_state_tensors(self.optimizer, self.parameters, checkpoint.optimizer())
         self.backend.load_state(checkpoint.state["backend"])
         self.at = Progress(**checkpoint.state["progress"])
         self.saved_step = self.at.step
@@ -160,9 +161,9 @@ class _Run:
         self.job.method.restore(self.job.model, own)
         copy_into(self.parameters, tensors)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def _weights(self) -> dict[str, Any]:
         state = self.job.method.state(self.job.model)
-        return {**self.parameters, **{STATE + name: tensor for name, tensor in state.items()}}
+        return {**self.backend.weights(self.parameters), **{STATE + name: tensor for name, tensor in state.items()}}
 
     def _gradients(self) -> Iterator[None]:
         """Backward over the samples of the coming steps; at each yield one step's gradients, of all ranks, stand in the
@@ -171,8 +172,8 @@ class _Run:
         def backward(layouts: list[Layout]) -> None:
             (total,) = self.backend.sum(self.job.objective.units(layouts))
             for layout in layouts:
-                self.watchdog.alive()
                 if layout.supervised:
+                    self.backend.alive()
                     with self.backend.compute():
                         loss = self.job.objective.loss(self.job.model, layout, total)
                     self.backend.backward(loss)
@@ -232,8 +233,11 @@ class _Run:
 
     def _layouts(self, index: int) -> Callable[[], list[Layout]]:
         """This rank's micro-batches of a step, under the budget at the time they are asked for."""
-        backend = self.backend
-        return lambda: self.job.batches.layouts(index, budget=self.at.budget, rank=backend.rank, ranks=backend.ranks)
+        return self._layouts_of(self.job.batches.part, self.job.batches.rows(index))
+
+    def _layouts_of(self, part: Part, rows: np.ndarray) -> Callable[[], list[Layout]]:
+        backend, how = self.backend, {"packing": self.job.batches.packing, "share": self.job.batches.share}
+        return lambda: layouts_of(part, rows, self.at.budget, backend.rank, backend.ranks, **how)
 
     # memory
 
@@ -244,7 +248,7 @@ class _Run:
             try:
                 return compute(layouts)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.backend.ranks > 1:
+                if not is_out_of_memory(error) or self._shares_steps:
                     raise  # the error goes before anything else is tried: its traceback holds the activations
             self.job.model.zero_grad(set_to_none=True)
             give_back(self.backend.device)
@@ -282,7 +286,7 @@ class _Run:
 
         Only the loss is looked at where gradients are scaled (fp16): there they overflow while the scale is sought.
         """
-        if self.backend.ranks > 1 or (self.backend.scales_loss and math.isfinite(loss)):
+        if self._shares_steps or (self.backend.scales_loss and math.isfinite(loss)):
             return self._origins(self.job.batches.rows(index))
         batches, found = self.job.batches, []
         rows = batches.rows(index)
@@ -307,8 +311,7 @@ class _Run:
             self._between()
             if layout.supervised == 0:
                 continue
-            with self.backend.compute():
-                loss = self.job.objective.loss(self.job.model, layout, total)
+            loss = self.backend.loss(self.job.model, self.job.objective, layout, total)
             finite = finite and math.isfinite(float(loss.detach()))
             if finite and not self.backend.scales_loss:
                 self.backend.backward(loss)
@@ -346,35 +349,46 @@ class _Run:
         part, at = self.job.validation, self.at
         if part is None or len(part) == 0:
             return
-        backend, batches = self.backend, self.job.batches
-
-        def layouts() -> list[Layout]:
-            return layouts_of(
-                part, np.arange(len(part)), at.budget, backend.rank, backend.ranks,
-                packing=batches.packing, share=batches.share,
-            )  # fmt: skip
-
-        def measure(layouts: list[Layout]) -> float:
-            return mean_loss(self.job.model, self.job.objective, layouts, backend, self._between)
-
-        training = self.job.model.training
-        self.job.model.eval()  # while memory is looked for, too: activations are not recomputed here
-        try:
-            loss = self._in_memory(layouts, measure)
-        finally:
-            self.job.model.train(training)
+        loss, by_task = self._validation_loss(part)
         at.validation.append([at.step, loss if math.isfinite(loss) else None])
         if at.step == 0:
             at.base_loss = loss if math.isfinite(loss) else None
         elif math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss):
             at.best_loss, at.best_step, at.worse = loss, at.step, 0
-            self._tell("evaluated", validation_loss=loss, best=True)
+            self._tell("evaluated", validation_loss=loss, best=True, **by_task)
             self.save()
             return
         else:
             at.worse += 1
             at.stopped_early = self.job.settings.patience is not None and at.worse >= self.job.settings.patience
-        self._tell("evaluated", validation_loss=loss, best=False)
+        self._tell("evaluated", validation_loss=loss, best=False, **by_task)
+
+    def _validation_loss(self, part: Part) -> tuple[float, dict[str, Any]]:
+        """The loss over a part; and, where its rows have tasks, each task's own loss and its share of the whole."""
+        groups = part.tasks or {"": np.arange(len(part))}
+        sums: dict[str, tuple[float, float]] = {}
+        training = self.job.model.training
+        self.job.model.eval()  # while memory is looked for, too: activations are not recomputed here
+        try:
+            for name, rows in groups.items():
+                loss, units = self._in_memory(self._layouts_of(part, rows), self._mean_loss)
+                sums[name] = (loss * units if units else 0.0, units)
+        finally:
+            self.job.model.train(training)
+        whole, units = (sum(values) for values in zip(*sums.values(), strict=True))
+        if not part.tasks:
+            return loss, {}
+        by_task = {
+            name: {"loss": summed / own, "share": summed / whole if whole else 0.0}
+            for name, (summed, own) in sums.items()
+            if own
+        }
+        return (whole / units if units else float("nan")), {"by_task": by_task}
+
+    def _mean_loss(self, layouts: list[Layout]) -> tuple[float, float]:
+        """The loss over the layouts of all ranks, and their units."""
+        (units,) = self.backend.sum(self.job.objective.units(layouts))
+        return mean_loss(self.job.model, self.job.objective, layouts, self.backend, self._between), units
 
     def _evaluated(self) -> bool:
         """Whether the validation of this step has been done (always so where there is nothing to validate on)."""
@@ -388,24 +402,28 @@ class _Run:
     def save(self) -> None:
         if self.saved_step == self.at.step:
             return
-        self.watchdog.alive()
+        self.backend.alive()
+        weights, moments = self._weights(), self.backend.moments(self.optimizer, self.parameters)
         if self.backend.main:
             self.checkpoints.save(
                 self.at.step,
-                self._weights(),
-                state_tensors(self.optimizer, self.parameters),
+                weights,
+                moments,
                 {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()},
             )
             self._tell("saved", path=str(self.checkpoints.path(self.at.step).name))
             self.checkpoints.prune(self.job.settings.keep_last, self.at.best_step)
+        self.backend.bring_together(weights, moments)
         self.backend.barrier()
         self.saved_step = self.at.step
 
     def finish(self) -> None:
         """The last checkpoint, then the weights the run ends with."""
         self.save()
-        best = self.at.best_step
-        if self.job.settings.keep == "best" and best is not None and best != self.at.step:
+        self.backend.disengage(self.job.model, self.parameters, frozen_too=not self.job.method.frozen_base)
+        self.parameters = trainable(self.job.model)
+        best, whole = self.at.best_step, self.backend.main or not self.backend.spreads
+        if whole and self.job.settings.keep == "best" and best is not None and best != self.at.step:
             self._put_back(self.checkpoints.at(best).weights())
         self._tell("finished", best_step=self.at.best_step, stopped_early=self.at.stopped_early)
 
@@ -413,9 +431,13 @@ class _Run:
 
     def _between(self) -> None:
         """Called between micro-batches. One rank alone can leave there; several leave together, between steps."""
-        self.watchdog.alive()
-        if self.backend.ranks == 1:
+        if not self._shares_steps:
             self.stop.check()
+
+    @property
+    def _shares_steps(self) -> bool:
+        """Whether a micro-batch cannot be given up here alone, because others compute it as well or an engine does."""
+        return self.backend.ranks > 1 or self.backend.joins
 
     def leave_when_asked(self) -> None:
         """Ends the run, on all ranks, when one of them was asked to stop."""

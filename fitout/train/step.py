@@ -48,13 +48,12 @@ def train_step(
         objective.units(layouts), sum(x.tokens for x in layouts), sum(x.supervised for x in layouts)
     )
     loss_sum = 0.0
-    for layout in layouts:
+    for index, layout in enumerate(layouts):
         between()
-        if layout.supervised == 0:
+        if layout.supervised == 0 and not backend.joins:
             continue
-        with backend.compute():
-            loss = objective.loss(model, layout, total)
-        backend.backward(loss)
+        loss = backend.loss(model, objective, layout, total)
+        backend.backward(loss, last=index == len(layouts) - 1)
         loss_sum += float(loss.detach())
     backend.sum_gradients(parameters)
     (loss_sum,) = backend.sum(loss_sum)
@@ -95,9 +94,8 @@ def mean_loss(
         total, summed = objective.units(layouts), 0.0
         for layout in layouts:
             between()
-            if layout.supervised:
-                with backend.compute():
-                    summed += float(objective.loss(model, layout, 1.0))
+            if layout.supervised or backend.joins:
+                summed += float(backend.loss(model, objective, layout, 1.0))
         summed, total = backend.sum(summed, total)
     finally:
         model.train(training)

@@ -5,6 +5,7 @@ run = prepare -> train -> evaluate -> merge, going on where it stopped. The step
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from ..config import Recipe
 from ..errors import RequestError, RunExistsError
 from ..rundir import RunDir
+from .annotating import pull, push
 from .comparing import compare
 from .delivering import can_load, combine, export, merge_into_base, unmergeable
 from .evaluating import check_retention, evaluate_run
 from .planning import plan, with_method
-from .preparing import prepare_data
+from .preparing import Repaired, prepare_data, repair_data
 from .training import train_model
 from .working import Screen, chat_of, import_libraries, main_process, recipe_of, run_directory, working
+from .writing import Written, export_data
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
@@ -27,17 +30,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Screen",
+    "Written",
     "Xray",
     "can_load",
     "combine",
     "compare",
     "evaluate",
     "export",
+    "export_data",
     "merge",
     "open_engine",
     "plan",
     "prepare",
+    "pull",
+    "push",
     "recipe_of",
+    "repair",
     "run",
     "run_directory",
     "train",
@@ -64,9 +72,9 @@ def run(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | None 
 def train(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, screen: Screen | None = None
 ) -> RunDir:
-    """One training run. A run directory that is there is refused without `resume`."""
+    """One training run. One that has begun training is refused without `resume`."""
     directory = run_directory(recipe, out)
-    if directory.exists() and not resume and main_process():  # the other ranks may come when it is made
+    if directory.has_training() and not resume and main_process():  # the other ranks may come when it is made
         raise RunExistsError(
             "this run exists already",
             where=str(directory.path),
@@ -87,6 +95,16 @@ def prepare(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | N
     with working(directory, recipe, screen):
         prepare_data(recipe, directory, chat_of(recipe), screen)
     return directory
+
+
+def repair(
+    recipe: Recipe, *, accept: Sequence[str] = (), out: str | Path | None = None, screen: Screen | None = None
+) -> Repaired:
+    """Suggests repairs of quarantined rows, and lets those that are accepted in again; `accept` names rules, or all."""
+    directory = run_directory(recipe, out)
+    screen = screen or Screen()
+    with working(directory, recipe, screen):
+        return repair_data(recipe, directory, chat_of(recipe), accept, screen)
 
 
 @dataclass(frozen=True)

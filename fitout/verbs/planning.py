@@ -177,7 +177,9 @@ def _sharing_pays(apart: int, computed: int) -> bool:
     return computed < 0.95 * apart
 
 
-def forecast_run(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: int, screen: Screen) -> Any:
+def forecast_run(
+    recipe: Recipe, part: Any, precision: str, grown: bool, ranks: int, screen: Screen, *, stage: int = 0
+) -> Any:
     """What this training will need, told before it begins. A model that the planner does not know has no forecast."""
     from ..errors import ModelError
     from ..model.methods.cost import with_embeddings
@@ -194,7 +196,7 @@ def forecast_run(recipe: Recipe, part: Any, precision: str, grown: bool, ranks: 
     cost = recipe.method.cost(shape)
     cost = with_embeddings(cost, shape) if grown else cost
     work_at = _work_at(recipe, _batches(recipe, part))
-    setup = setup_of(recipe.train, precision, machine.kind, devices=ranks)
+    setup = setup_of(recipe.train, precision, machine.kind, devices=ranks, stage=stage)
     row = look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine)
     fixed = row.memory.terms["framework"] + row.memory.terms["weights"]
     if fixed > machine.memory:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Recipe
+from ..errors import RequestError
 from ..rundir import RunDir
 from .working import Screen, main_process
 
@@ -24,9 +28,10 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
         recipe.data, chat, recipe.objective.wants, directory, seed=split_seed(recipe), progress=screen.data_progress
     )
     screen.say(summary(report))
-    for what in ("quarantined", "removed", "repaired"):
-        for why, count in report[what].items():
-            screen.say(f"  {what} {count:,}: {why}")
+    for stage in report.get("stages", ()):  # data prepared by an earlier version have no record of them
+        screen.say(f"  {stage['told']}")
+    for line in told(report):
+        screen.say(f"  {line}")
     part = report["parts"]["train"]
     share = 100 * part["supervised"] / max(1, part["tokens"])
     screen.say(f"training tokens: {part['tokens']:,}, of them trained {part['supervised']:,} ({share:.0f} %)")
@@ -42,6 +47,83 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
     if main_process():
         directory.update_status(data_fingerprint=prepared.fingerprint)
     return prepared, report
+
+
+def told(report: dict[str, Any]) -> list[str]:
+    """What was quarantined, removed and changed, a line for each rule, the commonest reasons with it."""
+    lines = []
+    for what in ("quarantined", "removed", "repaired"):
+        for rule, count in report[what].items():
+            reasons = report.get("reasons", {}).get(rule, {}) if what == "quarantined" else {}
+            why = f" ({'; '.join(list(reasons)[:2])}{'; ...' if len(reasons) > 2 else ''})" if reasons else ""
+            lines.append(f"{what} {count:,}: {rule}{why}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What `fitout data repair` found and did: the file of repairs, a line for each rule, and the data report."""
+
+    path: Path
+    rules: list[dict[str, Any]]  # rule, quarantined, suggested, accepted, and an example {where, how, before, after}
+    admitted: int
+    report: dict[str, Any]
+
+
+def repair_data(
+    recipe: Recipe, directory: RunDir, chat: Chat, accept: Sequence[str], screen: Screen
+) -> Repaired:  # fmt: skip
+    """Writes what could be repaired to `repairs.jsonl`, and prepares again with what is accepted there."""
+    from ..data.repair import draft, shown
+    from ..files import read_jsonl, write_jsonl
+
+    if any(directory.checkpoints.glob("step-*")):
+        raise RequestError(
+            "this run has begun training",
+            where=str(directory.path),
+            harm="Repaired rows would change its data, and its checkpoints could not be gone on from.",
+            hint="Repair under another --out or `name:`, and train anew.",
+        )
+    _, report = prepare_data(recipe, directory, chat, Screen())
+    quarantine = read_jsonl(directory.quarantine)
+    known = {bad["rule"] for bad in quarantine}
+    for rule in accept:
+        if rule != "all" and rule not in known:
+            raise RequestError(
+                f"no row is quarantined under {rule!r}",
+                where="--accept",
+                hint=f"There are: {', '.join(sorted(known)) or 'none'}; or say all.",
+            )
+    before = read_jsonl(directory.repairs) if directory.repairs.exists() else []
+    lines = draft(quarantine, before, accept)
+    if lines != before:
+        write_jsonl(directory.repairs, lines)
+    prepared, report = prepare_data(recipe, directory, chat, screen)
+    if main_process():
+        directory.update_status(data_fingerprint=prepared.fingerprint)
+    accepted = {line["id"] for line in lines if line["accept"]}
+    rules = []
+    for rule in sorted(known, key=lambda rule: -sum(bad["rule"] == rule for bad in quarantine)):
+        here = [bad for bad in quarantine if bad["rule"] == rule]
+        found = [line for line in lines if line["id"] in {bad["id"] for bad in here} and line["how"]]
+        raw = {bad["id"]: bad["row"] for bad in here}
+        rules.append(
+            {
+                "rule": rule,
+                "quarantined": len(here),
+                "suggested": len(found),
+                "accepted": sum(bad["id"] in accepted for bad in here),
+                "example": {
+                    "where": f"{found[0]['file']}:{found[0]['line']}",
+                    "how": found[0]["how"],
+                    "before": shown(raw[found[0]["id"]]),
+                    "after": shown(found[0]["row"]),
+                }
+                if found
+                else None,
+            }
+        )
+    return Repaired(directory.repairs, rules, report["repaired"].get("accepted repair", 0), report)
 
 
 def split_seed(recipe: Recipe) -> int:

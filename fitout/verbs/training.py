@@ -13,16 +13,26 @@ from ..rundir import RunDir
 from .delivering import describe_trained
 from .planning import forecast_run, tell_sharing, told_against_plan
 from .preparing import prepare_data
+from .sharing import backend_for, require_shared, tell_idle_devices
 from .working import Screen, base_name, chat_of, comparable, hardware, hub_source
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
     from ..data.store import Prepared
+    from ..train.backend import Backend
     from ..train.loop import Progress
 
 
 def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -> None:
-    """From prepared data to trained weights in adapter/ or model/."""
+    """From prepared data to trained weights in adapter/ or model/, on all ranks that were started."""
+    from ..model.precision import best_device
+    from ..train.backend import Backend
+
+    with Backend(best_device()) as group:
+        _train_model(recipe, directory, screen, group, resume=resume)
+
+
+def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backend, *, resume: bool) -> None:
     import torch
 
     from ..data.batches import Batches
@@ -30,9 +40,8 @@ def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bo
     from ..model.fuse import fuse
     from ..model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
     from ..model.methods.base import count, raise_to_fp32, trainable
-    from ..model.precision import best_device, decide
+    from ..model.precision import decide
     from ..objectives import create
-    from ..train.backend import Backend
     from ..train.listeners import make_listeners
     from ..train.loop import Job, fit, memory_mb
     from ..train.optim import optimizer_notes
@@ -46,21 +55,19 @@ def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bo
             harm="A new adapter on top would name the plain base as its own, and be loaded over the wrong weights.",
             hint="Merge it first (fitout merge), or go on from it with model.adapter over its base.",
         )
-    device = best_device()
-    backend = Backend(device)
+    device = group.device
     kind = directory.read_status().get("precision")  # a run keeps the precision it began with
     if kind is None:
         width = hidden_width(load_config(parts.base, **hub_source(recipe)))
         precision = decide(recipe.train.precision, device, width=width)
         screen.say(f"computing in {precision.kind} on {device.type}: {precision.why}")
         kind = precision.kind
-    kind = backend.agree(kind, tuple(DTYPES))
+    kind = group.agree(kind, tuple(DTYPES))
     method = methods.create(recipe.method)
 
-    if backend.main:
-        prepared, report = prepare_data(recipe, directory, chat, screen)
-    backend.barrier()
-    if not backend.main:
+    with group.main_first("data"):
+        if not group.main:
+            require_shared(directory)
         prepared, report = prepare_data(recipe, directory, chat, screen)
 
     batches = Batches(
@@ -72,22 +79,24 @@ def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bo
     total = recipe.train.max_steps or batches.steps_in(recipe.train.epochs)
     if directory.read_status().get("trained_steps") == total and resume:
         screen.say("training is complete already")
-        backend.close()
         return
 
+    tell_idle_devices(group.ranks, screen)
+    backend = backend_for(recipe, method, group, batches.part, kind, chat.grown, screen)
     forecast = None
     if backend.main:
-        forecast = forecast_run(recipe, batches.part, kind, chat.grown, backend.ranks, screen)
+        forecast = forecast_run(recipe, batches.part, kind, chat.grown, backend.ranks, screen, stage=backend.stage)
     before_mb = memory_mb(device)
     model = load_base(
         parts.base,
         dtype=DTYPES[kind] if method.frozen_base else torch.float32,
         packed=recipe.data.packing,
-        device=device,
+        device="cpu" if backend.spreads else device,  # else no device ever holds all of it
+        empty=backend.spreads and not backend.main,
         extra=method.load_kwargs(DTYPES[kind]),
         **hub_source(recipe),
     )
-    batches.packing = batches.share = recipe.data.packing and _packs(model, screen)
+    batches.packing = batches.share = recipe.data.packing and _packs(model, backend, screen)
     if chat.grown:
         grow_vocabulary(model, len(chat.tokenizer))
     torch.manual_seed(recipe.train.seed)
@@ -124,11 +133,13 @@ def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bo
     )
     if backend.main:
         directory.update_status(
-            precision=kind, device=str(device), hardware=hardware(), total_steps=total, ranks=backend.ranks
-        )
-    listeners = [*make_listeners(recipe.train.listeners, directory), *screen.listeners()]
+            precision=kind, device=str(device), hardware=hardware(), total_steps=total, ranks=backend.ranks,
+            parallel=backend.kind,
+        )  # fmt: skip
+    listeners = [*make_listeners(recipe.train.listeners, directory, screen.say), *screen.listeners()]
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
-    progress = fit(job, backend, listeners, resume=resume)
+    with backend.watched(directory.stacks, recipe.train.hang_after):
+        progress = fit(job, backend, listeners, resume=resume)
     if backend.main:
         _save_trained(recipe, directory, method, model, chat)
         directory.update_status(
@@ -144,16 +155,20 @@ def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bo
     backend.close()
 
 
-def _packs(model: Any, screen: Screen) -> bool:
-    """Whether this model keeps packed documents apart; where it does not, each sample gets a forward of its own."""
-    from ..model.attention import documents_apart
+def _packs(model: Any, backend: Backend, screen: Screen) -> bool:
+    """Whether packed attention serves this model: it computes what the model's own does and keeps documents apart.
+    Where it does not, each sample gets a forward of its own. A model without values is not asked."""
+    from ..model.attention import NAME as PACKED
+    from ..model.attention import use_unpacked, why_not_packed
 
-    if documents_apart(model) == 0:
+    has_values = backend.main or not backend.spreads
+    why = why_not_packed(model) if has_values else None
+    if backend.agree("plain" if why else "packed", ("packed", "plain")) == "packed":
         return True
-    model.set_attn_implementation("sdpa")
-    screen.say(
-        "this model carries information across packed documents: samples are computed one by one, without packing"
-    )
+    if has_values:
+        use_unpacked(model)
+    model.set_attn_implementation(backend.agree(model.config._attn_implementation, (PACKED, "sdpa", "eager")))
+    screen.say(f"{why}: samples are computed one by one, without packing")
     return False
 
 

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -272,3 +273,16 @@ def test_a_local_model_is_named_by_its_whole_path(tmp_path):
     (tmp_path / "base").symlink_to(SHELL)
     assert fitout("init", "rows.jsonl", "--model", "base", cwd=tmp_path).code == 0
     assert load(tmp_path / "recipe.yaml").model.base == str(SHELL)
+
+
+def test_hub_ids_are_looked_at_like_files(tmp_path, monkeypatch):
+    """A path type would fold the two slashes of hf:// into one."""
+    rows_there = [json.loads(line) for line in labelled(tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: iter(rows_there)))
+    checked = CliRunner().invoke(app, ["data", "check", "--json", "hf://owner/parity"])
+    assert checked.exit_code == 0 and json.loads(checked.stdout)["errors"] == 0
+    recipe = tmp_path / "recipe.yaml"
+    made = CliRunner().invoke(app, ["init", "hf://owner/parity", "--to", str(recipe), "--json"])
+    assert made.exit_code == 0, made.output
+    drawn = load(recipe)
+    assert drawn.name == "parity" and drawn.data.sources[0].path == "hf://owner/parity"

@@ -15,7 +15,7 @@ from fitout.chat.types import Conversation, Origin, Pair, Text
 from fitout.data import SourceSettings
 from fitout.data.clean import control_tokens, strip_end_markers
 from fitout.data.dedupe import exact
-from fitout.data.formats import FORMATS, RowError, choose
+from fitout.data.formats import FORMATS, Refused, RowError, choose
 from fitout.data.lint import check, check_source
 from fitout.data.readers import READERS
 from fitout.data.sources import BadRow, RawRow, read
@@ -79,7 +79,8 @@ def test_empty_folder_and_unknown_endings(tmp_path):
     assert "no file that can be read" in failure(folder).message
     (folder / "x.docx").write_text("x")
     assert "x.docx" in failure(folder).message
-    assert "'.zip'" in failure(tmp_path / "a.json.zip", b"PK").message
+    assert "'.rar'" in failure(tmp_path / "a.json.rar", b"Rar!").message
+    assert "not a zip archive" in failure(tmp_path / "a.json.zip", b"PK").message
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,8 @@ def test_no_line_is_lost(lines):
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5))
 KEYS = ["role", "content", "from", "value", "tool_calls", "function_call", "train", "weight", "type", "text", "name"]
-KEYS += ["function", "arguments", "reasoning_content", "id"]
+KEYS += ["function", "arguments", "reasoning_content", "id", "replies", "rank", "result", "from_name", "choices"]
+KEYS += ["labels", "start", "end", "taxonomy", "selected", "ranker", "completed_by", "author", "solution", "is_correct"]
 WORDS = [
     "user",
     "assistant",
@@ -272,6 +274,8 @@ VALUES = st.recursive(
 )
 COLUMNS = ["instruction", "input", "output", "history", "instances", "system", "tools", "messages", "conversations"]
 COLUMNS += ["prompt", "completion", "chosen", "rejected", "text", "label", "question", "answer", "images", "functions"]
+COLUMNS += ["data", "annotations", "annotation_id", "annotator", "lead_time", "id", "entities", "relations", "cats"]
+COLUMNS += ["train", "ground_truth", "model", "filename", "goal"]
 ROWS = st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=6)
 
 
@@ -287,6 +291,8 @@ def test_any_row_gives_samples_or_a_reason(row):
             assert error.reason
             continue
         assert samples
+        assert all(part.reason for part in samples if isinstance(part, Refused))
+        samples = [sample for sample in samples if not isinstance(sample, Refused)]
         for sample in samples:
             sound(sample)
             strip_end_markers(sample)

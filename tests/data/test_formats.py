@@ -10,7 +10,7 @@ import pytest
 from fitout.chat.types import Conversation, Message, Origin, Pair, Text
 from fitout.data import SourceSettings
 from fitout.data.clean import control_tokens, only_markers, strip_end_markers
-from fitout.data.formats import FORMATS, RowError, choose, detect
+from fitout.data.formats import FORMATS, Refused, RowError, choose, detect
 from fitout.data.lint import SEVERITIES, check, check_source
 from fitout.data.sources import BadRow, RawRow, read
 from fitout.errors import DataError
@@ -96,7 +96,12 @@ def test_alpaca_instances_become_parts():
     assert [sample.messages[0].content for sample in samples] == ["q\n1", "q"]
     assert samples[0].meta == {"id": "s1"}
     row["instances"][1]["output"] = " "
-    assert refused(row) == "instance 2: turn 2: the answer is empty"
+    row["instances"].append("c")
+    first, second, third = convert(row)
+    assert first == samples[0]
+    assert second == Refused(Origin("rows.json", 1, 2), "turn 2: the answer is empty", {"input": "", "output": " "})
+    assert third == Refused(Origin("rows.json", 1, 3), "an instance is text, not an object", "c")
+    assert refused({**row, "instances": []}) == "`instances` is empty"
 
 
 def test_sharegpt_tools():
@@ -207,7 +212,7 @@ def test_text():
         (turns("user"), "the last turn is the user's; nothing answers it"),
         (turns("system"), "the last turn is the system's; nothing answers it"),
         ({"messages": []}, "no turns"),
-        ({"messages": "text"}, "`messages` is text that is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ({"messages": "text"}, "`messages` is text that is not JSON: Expecting value at column 1"),
         ({"messages": ["text"]}, "turn 1 is text, not an object"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "the role 'narrator' is not known"),
         ({"messages": [{"content": "x"}]}, "the role null is not known"),
@@ -274,11 +279,11 @@ def test_other_bad_rows_say_why(row, name, reason):
 
 def test_unknown_rows_name_keys_and_formats():
     with pytest.raises(DataError) as caught:
-        detect([{"std_answer": "a", "question": "q"}], where="eval.json")
-    assert "std_answer, question" in caught.value.message
+        detect([{"reply": "a", "question": "q"}], where="eval.json")
+    assert "reply, question" in caught.value.message
     for plug in FORMATS:
         assert f"{plug.name}: {plug.keys}" in caught.value.hint
-    assert "columns: {prompt: std_answer, completion: question}" in caught.value.hint
+    assert "columns: {prompt: reply, completion: question}" in caught.value.hint
     with pytest.raises(DataError, match="none"):
         detect([])
 
@@ -307,7 +312,7 @@ def test_most_rows_decide():
 
 def test_labelled_text_is_not_taken_for_plain_text():
     with pytest.raises(DataError):
-        detect([{"text": "Find a flight", "entities": [[0, 3, "X"]], "cats": ["flight"]}])
+        detect([{"text": "Find a flight", "annotations": [[0, 3, "X"]], "intent": "flight"}])
 
 
 # --- clean -------------------------------------------------------------------------------------------------------

@@ -96,12 +96,16 @@ def test_targets_are_those_of_each_sample_alone(made, share):
 
 @QUICK
 @given(sample_sets(), st.booleans())
-def test_segments_cover_the_layout_parents_first(made, share):
+def test_segments_cover_the_layout_in_preorder(made, share):
     ids, trained = made
     layout = lay_out(ids, trained, range(len(ids)), share=share)
-    at = 0
+    at, open_segments = 0, []
     for index, segment in enumerate(layout.segments):
-        assert segment.start == at < segment.end and segment.parent < index
+        assert segment.start == at < segment.end
+        while open_segments and open_segments[-1] != segment.parent:
+            open_segments.pop()  # nothing may continue it any more
+        assert segment.parent == (open_segments[-1] if open_segments else -1)
+        open_segments.append(index)
         at = segment.end
     assert at == layout.tokens == len(layout.positions)
     assert all(array.dtype == np.int64 for array in (layout.ids, layout.positions, layout.target_at))

@@ -118,7 +118,8 @@ def test_a_truncated_sample_without_an_answer_is_quarantined(tmp_path, chat):
     long = {"instruction": "word " * 200, "output": "short"}
     path = write(tmp_path / "rows.jsonl", [*(question(n) for n in range(20)), long])
     run, _, report = made(tmp_path, chat, [{"path": path}], too_long="truncate")
-    assert report["quarantined"] == {"no supervised token is left after the cut": 1}
+    assert report["quarantined"] == {"nothing to train": 1}
+    assert report["reasons"] == {"nothing to train": {"no supervised token is left after the cut": 1}}
     assert read_jsonl(run.quarantine)[0]["line"] == 21
 
 

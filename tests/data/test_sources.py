@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from fitout.data import DataSettings, SourceSettings, SplitSettings
-from fitout.data.sources import BadRow, RawRow, list_files, probe, read
+from fitout.data.sources import BadRow, RawRow, list_files, named, probe, read
 from fitout.errors import DataError
 
 ROWS = [
@@ -291,12 +291,31 @@ def test_modelscope_ids(monkeypatch):
     assert row.row == {"name": "owner/name", "subset": None, "split": "validation"}
 
 
+EXTRAS = {"datasets": "hub", "modelscope": "modelscope"}
+
+
 @pytest.mark.parametrize(("path", "package"), [("hf://a/b", "datasets"), ("ms://a/b", "modelscope")])
 def test_a_missing_hub_library_is_named(monkeypatch, path, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DataError) as caught:
         list(read(SourceSettings(path=path), None))
-    assert package in caught.value.message and f"pip install {package}" in caught.value.hint
+    assert package in caught.value.message and f"pip install 'fitout[{EXTRAS[package]}]'" in caught.value.hint
+
+
+def test_what_a_hub_library_lacks_is_named(monkeypatch):
+    """modelscope installs without what its data sets need."""
+    monkeypatch.setitem(sys.modules, "modelscope", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", None)
+    with pytest.raises(DataError) as caught:
+        list(read(SourceSettings(path="ms://a/b"), None))
+    assert "modelscope" in caught.value.message and "fitout[modelscope]" in caught.value.hint
+
+
+def test_sources_named_on_a_command_line():
+    assert named("hf://owner/name:test").path == "hf://owner/name:test"
+    for path, format, says in (("hf://owner", None, "hf://owner/name"), ("a.json", "alpacca", "did you mean 'alpaca'")):
+        with pytest.raises(DataError, match=says):
+            named(path, format)
 
 
 def test_hub_errors_are_ours(monkeypatch):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitout.chat.types import Conversation, Message, Origin, Text
 from fitout.data import SplitSettings
-from fitout.data.split import PARTS, quotas, split, straddling, weighted, weighting
+from fitout.data.content import content_key, prompt_key
+from fitout.data.split import PARTS, label_quotas, quotas, straddling, times_seen
+from fitout.data.split import split as split_groups
 
 
 def talk(question, answer="a", file="f", line=1):
@@ -20,6 +23,27 @@ def talk(question, answer="a", file="f", line=1):
 
 def many(count, file="f", start=0):
     return [talk(f"question {number}", file=file, line=number) for number in range(start, start + count)]
+
+
+def split(samples, settings, seed, fixed=None):
+    """Samples split by their prompts, as samples."""
+    files = [(fixed or {}).get(sample.origin.file) for sample in samples]
+    parts = split_groups([prompt_key(sample) for sample in samples], settings, seed, files)
+    return {part: [samples[at] for at in numbers] for part, numbers in parts.items()}
+
+
+def straddle(parts):
+    samples = [sample for part in PARTS for sample in parts[part]]
+    at = {id(sample): number for number, sample in enumerate(samples)}
+    numbers = {part: [at[id(sample)] for sample in parts[part]] for part in PARTS}
+    return straddling([prompt_key(sample) for sample in samples], numbers)
+
+
+def weighted(samples, weights, seed):
+    weight = np.array([weights.get(sample.origin.file, 1.0) for sample in samples])
+    names = [f"{content_key(sample).hex()} {sample.origin}" for sample in samples]
+    times = times_seen(weight, names, seed)
+    return [sample for sample, count in zip(samples, times, strict=True) for _ in range(count)]
 
 
 def where(parts):
@@ -81,7 +105,7 @@ def test_a_prompt_is_in_one_part_only(prompts, seed):
     assert sum(map(len, parts.values())) == len(samples)
     prompts_of = [{" ".join(s.messages[0].content.split()).casefold() for s in parts[part]} for part in PARTS]
     assert not prompts_of[0] & prompts_of[1] and not prompts_of[0] & prompts_of[2] and not prompts_of[1] & prompts_of[2]
-    assert straddling(parts) == 0
+    assert straddle(parts) == 0
     assert not samples or parts["train"]
 
 
@@ -116,14 +140,14 @@ def test_fixed_files_go_where_they_say():
         twin in parts["test"] and len(parts["test"]) == 21
     )  # and no other row: a test file of its own serves the part
     assert (len(parts["train"]), len(parts["validation"])) == (90, 10)
-    assert straddling(parts) == 0
+    assert straddle(parts) == 0
 
 
 def test_only_what_fixed_files_repeat_themselves_can_straddle():
     samples = [talk("same", file="train.json"), talk("same", file="test.json"), talk("other", file="train.json")]
     parts = split(samples, SplitSettings(), 0, {"train.json": "train", "test.json": "test"})
     assert [len(parts[part]) for part in PARTS] == [2, 0, 1]
-    assert straddling(parts) == 1
+    assert straddle(parts) == 1
 
 
 def test_no_training_share_puts_nothing_there():
@@ -134,6 +158,51 @@ def test_no_training_share_puts_nothing_there():
 def test_texts_can_be_split():
     samples = [Text(f"text {number}", Origin("f", number)) for number in range(50)]
     assert [len(part) for part in split(samples, SplitSettings(), 0).values()] == [40, 5, 5]
+
+
+# --- labels and groups -------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.sampled_from(["x", "y", "z"])), min_size=1, max_size=120),
+    st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (0.98, 0.01, 0.01), (0.34, 0.33, 0.33)]),
+)
+def test_every_label_gets_its_share(labels, shares):
+    """Task and sub-task each within a sample of their share for each level of rounding, and the whole exactly."""
+    chosen = dict(zip(PARTS, shares, strict=True))
+    sizes = Counter(labels)
+    given_out = label_quotas(sizes, chosen)
+    whole = quotas(len(labels), chosen)
+    for part in ("test", "validation"):
+        assert sum(mine[part] for mine in given_out.values()) <= whole[part]
+        assert all(0 <= mine[part] <= sizes[label] for label, mine in given_out.items())
+        assert all(abs(mine[part] - chosen[part] * sizes[label]) <= 2 for label, mine in given_out.items())
+        for task in {label[0] for label in sizes}:
+            mine = sum(one[part] for label, one in given_out.items() if label[0] == task)
+            exact = chosen[part] * sum(size for label, size in sizes.items() if label[0] == task)
+            assert mine - exact < 1 + 1e-6
+    assert all(sum(mine.values()) == sizes[label] for label, mine in given_out.items())
+
+
+def test_two_levels_are_exact_where_they_can_be():
+    labels = [(f"task {n % 3}", f"sub {n % 6}") for n in range(600)]
+    parts = split_groups([f"g{n}" for n in range(600)], SplitSettings(), 0, labels=labels)
+    for part, size in (("train", 80), ("validation", 10), ("test", 10)):
+        assert Counter(labels[at] for at in parts[part]) == dict.fromkeys(set(labels), size)
+
+
+def test_groups_stay_together_and_totals_stay_exact_with_labels():
+    draw = random.Random(0)
+    groups = [f"author {draw.randrange(150)}" for _ in range(1000)]
+    label = {name: (f"task {draw.randrange(4)}",) for name in groups}
+    parts = split_groups(groups, SplitSettings(), 3, labels=[label[name] for name in groups])
+    assert straddling(groups, parts) == 0
+    assert not {groups[at] for at in parts["test"]} & {groups[at] for at in parts["validation"]}
+    assert abs(len(parts["test"]) - 100) <= 6 and abs(len(parts["validation"]) - 100) <= 6
+    for task in set(label.values()):
+        rows = sum(label[name] == task for name in groups)
+        assert abs(sum(label[groups[at]] == task for at in parts["test"]) - rows / 10) <= 8
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -150,7 +219,6 @@ def test_weights_are_counts(weight, times):
     assert Counter(counts.values()) == times
     assert counts.keys() <= {id(sample) for sample in heavy}
     assert result == weighted([*plain, *heavy], {"heavy": weight}, seed=0)
-    assert weighting([*plain, *heavy], result) == {"heavy": (10, sum(counts.values()))}
 
 
 def test_a_half_differs_by_seed_and_not_by_order():

@@ -119,6 +119,47 @@ def test_every_row_once_an_epoch_and_groups_together(tmp_path):
             assert all(set(range(g * 3, min(23, g * 3 + 3))) <= set(step) for g in {r // 3 for r in step})
 
 
+def test_answers_to_one_prompt_are_trained_in_one_step_and_steps_are_full(tmp_path):
+    """Eleven prompts with three answers each, written prompt after prompt in turn, and nine samples alone."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 97, 20) for _ in range(20)]
+    owner = [i % 11 for i in range(33)] + list(range(11, 20))
+    ids = [np.concatenate([prompts[n], rng.integers(1, 97, 6)]).astype(np.int32) for n in owner]
+    part = part_of(tmp_path, ids, [(np.arange(26) >= 20).astype(np.uint8)] * 42)
+    batches = Batches(part, batch_size=8, seed=3)
+    for epoch in (0, 1):
+        steps = [batches.rows(6 * epoch + k).tolist() for k in range(batches.steps_in_epoch(epoch))]
+        assert [len(step) for step in steps] == [8, 8, 8, 8, 8, 2] and sorted(sum(steps, [])) == list(range(42))
+        apart = sum(len({k for k, step in enumerate(steps) for row in step if owner[row] == n}) - 1 for n in range(11))
+        assert apart <= 2  # only what is left at the end of an epoch is parted
+    shuffled = [owner[row] for row in steps[0]]
+    assert shuffled != sorted(shuffled)
+    tokens, computed = batches.saving(6, budget=10_000)
+    prompts_a_step = sum(len({owner[row] for row in batches.rows(k)}) for k in range(6))
+    assert (tokens, computed) == (42 * 26, 20 * prompts_a_step + 42 * 6)
+
+
+def test_groups_larger_than_a_step_and_groups_that_leave_gaps(tmp_path):
+    for sizes in ([5] * 40, [19, 3, 1, 8, 7] * 6, [7] * 50):
+        prompts = [np.full(20, n + 1) for n in range(len(sizes))]
+        ids = [np.append(prompt, 100 + k).astype(np.int32) for prompt, n in zip(prompts, sizes, strict=True)
+               for k in range(n)]  # fmt: skip
+        part = part_of(tmp_path, ids, [(np.arange(21) >= 20).astype(np.uint8)] * len(ids))
+        batches = Batches(part, batch_size=8)
+        rows = [batches.rows(k).tolist() for k in range(batches.steps_in_epoch(0))]
+        assert sorted(sum(rows, [])) == list(range(len(ids)))
+        assert {len(step) for step in rows[:-1]} == {8} and len(rows) == -(-len(ids) // 8)
+
+
+def test_a_sample_that_is_there_twice_is_not_grouped_with_itself(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, 97, 30).astype(np.int32) for _ in range(50)] * 2
+    part = part_of(tmp_path, ids, [(np.arange(30) >= 20).astype(np.uint8)] * 100)
+    batches = Batches(part, batch_size=2)
+    together = sum(len({row % 50 for row in batches.rows(k).tolist()}) == 1 for k in range(50))
+    assert together < 10
+
+
 def test_order_depends_on_seed_and_epoch_alone(tmp_path):
     part = random_part(tmp_path, 23)
 

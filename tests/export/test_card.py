@@ -118,7 +118,11 @@ def test_a_runs_record(tmp_path):
         "samples": 12, "kept": {"train": 8, "test": 2}, "quarantined": {"empty": 1}, "removed": {"duplicate": 1},
         "repaired": {}, "sources": [{"path": "/a/b.json", "samples": 12, "format": "alpaca"}],
         "parts": {"train": {"tokens": 100, "supervised": 40}}, "max_length": 64, "too_long": "drop",
-        "tasks": {"geography": {"train": 6, "test": 1}},
+        "tasks": {
+            "grid": [
+                {"task": "geography", "subtask": "capitals", "train": {"samples": 6}, "test": {"samples": 1}},
+            ]
+        },
     }  # fmt: skip
     run.data_report.write_text(json.dumps(report))
     run.evaluation.mkdir()
@@ -132,7 +136,7 @@ def test_a_runs_record(tmp_path):
     recipe = build({"name": "r", "model": {"base": "embedded:shell"}, "data": {"sources": [{"path": "rows.jsonl"}]}})
     facts = facts_of(run, recipe)
     assert facts["Data"]["quarantined"] == "1 empty" and facts["Data"]["source b.json"] == "12 samples, format alpaca"
-    assert facts["Data"]["task geography"] == "train 6, test 1"
+    assert facts["Data"]["task geography / capitals"] == "train 6, test 1"
     assert facts["Training"]["trained parameters"] == "10 of 1,000 (1.00 %)"
     assert facts["Training"]["base"] == "embedded:shell" and "rank 8" in facts["Training"]["method"]
     row = ["f1", 2, "5.0 (4.0 to 6.0)", "90.0 (89.0 to 91.0)", "+85.0 (+84.0 to +86.0)", "better"]

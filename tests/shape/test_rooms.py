@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "errors": 0,
     "files": 1,
-    "lock": 2,
+    "lock": 1,
     "rundir": 2,
     "layout": 2,
     "demo": 2,  # its door: paths and probes; what made the shell runs as a script of its own
@@ -34,6 +34,7 @@ FLOORS = {
     "verbs": 8,
     "cli": 9,
     "ui": 9,
+    "__main__": 10,
 }
 
 

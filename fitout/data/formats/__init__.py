@@ -6,22 +6,54 @@ A new format is one file with a plug (see `plug.Format`) and one entry in FORMAT
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
+from ...chat.types import Sample
 from ...errors import DataError
+from ..readers import RawRow
 from .alpaca import Alpaca
+from .doccano import Doccano, FastText
+from .label_studio import LabelStudio, LabelStudioMin
+from .oasst import Oasst, OasstPairs
 from .openai import OpenAI
-from .plug import Columns, Format, Row, RowError, renamed
+from .plug import Columns, Format, Refused, Row, RowError, renamed
 from .preference import Preference
 from .prompt_completion import PromptCompletion
+from .published import Clinc, CrossWoz, Gsm8kSolutions
 from .sharegpt import ShareGPT
 from .text import PlainText
 
-__all__ = ["FORMATS", "Columns", "Format", "Row", "RowError", "choose", "detect"]
+__all__ = ["FORMATS", "Columns", "Format", "Refused", "Row", "RowError", "choose", "convert", "detect"]
 
 #: In order of how much they ask of a row; the first that fits the most rows is taken.
-FORMATS: tuple[Format, ...] = (Preference(), ShareGPT(), OpenAI(), Alpaca(), PromptCompletion(), PlainText())
+FORMATS: tuple[Format, ...] = (
+    LabelStudio(),
+    LabelStudioMin(),
+    Clinc(),
+    CrossWoz(),
+    Gsm8kSolutions(),
+    Oasst(),
+    OasstPairs(),
+    Doccano("doccano"),
+    Doccano("doccano_labels", "labels"),
+    Doccano("doccano_answers", "answers"),
+    FastText(),
+    Preference(),
+    ShareGPT(),
+    OpenAI(),
+    Alpaca(),
+    PromptCompletion(),
+    PlainText(),
+)
+
+
+def convert(plug: Format, row: RawRow, columns: Columns | None = None) -> Iterator[Sample | Refused]:
+    """The samples of a row and what of it is none; a row that is bad as a whole is one Refused."""
+    try:
+        yield from plug.convert(row.row, row.origin, columns)
+    except RowError as error:
+        yield Refused(row.origin, error.reason, row.row)
 
 
 def choose(rows: Sequence[Row], name: str | None = None, columns: Columns | None = None, where: str = "") -> Format:

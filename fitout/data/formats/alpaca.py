@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...chat.types import Message, Origin, Sample
 from ..readers import json_kind
-from .plug import Columns, Row, RowError, first_key, renamed, text
+from .plug import Columns, Refused, Row, RowError, first_key, renamed, text
 from .turns import conversation
 
 ANSWERS = ("output", "response", "answer", "completion")
@@ -22,7 +23,7 @@ class Alpaca:
     def matches(self, row: Row) -> bool:
         return "instruction" in row and ("instances" in row or first_key(row, ANSWERS) is not None)
 
-    def convert(self, row: Row, origin: Origin, columns: Columns | None = None) -> list[Sample]:
+    def convert(self, row: Row, origin: Origin, columns: Columns | None = None) -> Sequence[Sample | Refused]:
         row = renamed(row, columns)
         if "instruction" not in row:
             raise RowError("no `instruction`")
@@ -40,17 +41,18 @@ def single(row: Row, origin: Origin) -> Sample:
     return conversation(messages, row, origin, ("instruction", "input", "history", answer))
 
 
-def nested(row: Row, origin: Origin) -> list[Sample]:
-    """One sample an instance, numbered from 1 as parts of the row; one bad instance makes the row bad."""
+def nested(row: Row, origin: Origin) -> list[Sample | Refused]:
+    """One sample an instance, numbered from 1 as parts of the row."""
     shared = {key: value for key, value in row.items() if key != "instances"}
-    samples = []
+    samples: list[Sample | Refused] = []
     for number, instance in enumerate(row["instances"], 1):
+        here = Origin(origin.file, origin.line, number)
         try:
             if not isinstance(instance, dict):
-                raise RowError(f"{json_kind(instance)}, not an object")
-            samples.append(single({**shared, **instance}, Origin(origin.file, origin.line, number)))
+                raise RowError(f"an instance is {json_kind(instance)}, not an object")
+            samples.append(single({**shared, **instance}, here))
         except RowError as error:
-            raise RowError(f"instance {number}: {error.reason}") from None
+            samples.append(Refused(here, error.reason, instance))
     if not samples:
         raise RowError("`instances` is empty")
     return samples

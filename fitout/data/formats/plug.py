@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...chat.types import Origin, Sample
-from ..readers import json_kind
+from ..readers import StrictJSON, json_kind, too_heavy
 
 Row = dict[str, Any]
 Columns = dict[str, str]
@@ -27,6 +28,15 @@ class RowError(ValueError):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A part of a row that is no sample, beside parts that are: why, and the part as the row has it."""
+
+    origin: Origin
+    reason: str
+    raw: Any
+
+
 class Format(Protocol):
     """A form that rows come in.
 
@@ -34,7 +44,8 @@ class Format(Protocol):
     keys     its columns in words, for messages
     fields   the names that `columns:` may map, all it reads
     matches  whether a row has this form (by its keys, not by whether its values are good)
-    convert  the samples of a row; `columns` maps our field to the row's column. Raises RowError
+    convert  the samples of a row; `columns` maps our field to the row's column. Raises RowError when the whole row is
+             bad. A row of several samples gives each an origin with a `part`, and a Refused for each that is bad
     """
 
     name: str
@@ -43,7 +54,7 @@ class Format(Protocol):
 
     def matches(self, row: Row) -> bool: ...
 
-    def convert(self, row: Row, origin: Origin, columns: Columns | None = None) -> list[Sample]: ...
+    def convert(self, row: Row, origin: Origin, columns: Columns | None = None) -> Sequence[Sample | Refused]: ...
 
 
 def renamed(row: Row, columns: Columns | None) -> Row:
@@ -83,10 +94,18 @@ def parsed(value: Any, what: str) -> Any:
         return value
     if not value.strip():
         return None
+    text = value.strip()
+    if heavy := too_heavy(text):
+        raise RowError(f"{what}: {heavy}")
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is text that is not JSON: {error}") from None
+        found, end, fault = StrictJSON().decode(text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"{what} is text that is not JSON: {error.msg} at column {error.colno}") from None
+    if end < len(text):
+        raise RowError(f"{what} is text that is not JSON: more text from column {end + 1}")
+    if fault:
+        raise RowError(f"{what}: {fault}")
+    return found
 
 
 def rest(row: Row, used: Iterable[str]) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 from ...chat.types import Message, Origin, Sample
 from ..readers import json_kind
 from . import openai
+from .doccano import WHICH
 from .plug import Columns, Row, RowError, first_key, renamed, text
 from .turns import conversation, turn_list
 
 PROMPTS = ("prompt", "question", "query", "input", "source", "text")
-ANSWERS = ("completion", "response", "answer", "output", "target", "label")
+ANSWERS = ("completion", "response", "answer", "std_answer", "output", "target", "label")
 
 
 class PromptCompletion:
@@ -42,6 +43,6 @@ def turns(row: Row, key: str, role: str) -> list[Message]:
         # Label columns are often lists of one (Doccano, SQuAD-like answers); more than one has no single answer.
         if len(value) != 1 or not isinstance(value[0], str):
             inside = "of " + str(len(value)) if len(value) != 1 else f"holding {json_kind(value[0])}"
-            raise RowError(f"`{key}` is a list {inside}, not one text")
+            raise RowError(f"`{key}` is a list {inside}, not one text" + (f"; {WHICH}" if len(value) > 1 else ""))
         return [Message(role, value[0])]
     return [Message(role, text(row, key))]

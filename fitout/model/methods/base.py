@@ -77,6 +77,11 @@ class Method:
     def restore(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         """Puts back what `state` gave."""
 
+    def undivided(self, stage: int) -> str | None:
+        """Why a run cannot be divided over ranks as ZeRO's stage does (1: optimizer state, 2: gradients too, 3:
+        parameters too, as FSDP's); None where it can."""
+        return None
+
     def save(self, model: nn.Module, folder: Path, *, base: str, revision: str | None = None) -> None:
         """Writes what was trained into `folder` (PEFT's format, the method's own, or Hugging Face's)."""
         raise NotImplementedError

@@ -96,6 +96,11 @@ class Qlora(Lora):
             "device_map": {"": best_device()},
         }
 
+    def undivided(self, stage: int) -> str | None:
+        if stage < 3:
+            return None
+        return "weights in 4 bits keep their scales beside them, which an engine that divides the weights does not know"
+
     def trained_in(self, folder: Path) -> str | None:
         return read_json(folder / RECORD)["stored_as"]
 

@@ -102,6 +102,13 @@ class Sparse(Method):
             owner = model.get_submodule(parent)
             setattr(owner, leaf, SparseLinear(getattr(owner, leaf), self.settings.density))
 
+    def undivided(self, stage: int) -> str | None:
+        if stage >= 3:
+            return "the trained entries are written into whole weights, which no rank would hold"
+        if stage >= 1 and self.settings.redraw_every:
+            return "a re-draw moves the optimizer's moments along with the entries, and no rank would hold all of them"
+        return None
+
     # choosing
 
     def begin(self, model: Any, gradients: Gradients) -> None:

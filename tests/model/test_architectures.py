@@ -1,0 +1,101 @@
+"""Packed attention on architectures with attention of their own kind, against their own code on each document alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
+
+from fitout.data.pack import lay_out
+from fitout.model import attention
+from fitout.objectives.base import inputs
+from tests.conftest import random_samples
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "mistral, window": MistralConfig(**SMALL, sliding_window=6),
+    "qwen3": Qwen3Config(**SMALL),
+    "gemma2, capped scores": Gemma2Config(
+        **SMALL, attn_logit_softcapping=2.0, final_logit_softcapping=None, sliding_window=7, query_pre_attn_scalar=2
+    ),
+    "gpt-oss, sinks": GptOssConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=4, sliding_window=9, layer_types=["full_attention"] * 2
+    ),
+}
+
+
+def model_of(config, kind):
+    attention.register()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=kind)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks") or name.endswith("q_proj.weight"):
+            parameter.data.normal_(std=1.0, generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_and_trees_equal_each_alone(family):
+    """Logits and the gradient of the embeddings, for three documents and for a tree of three."""
+    config = FAMILIES[family]
+    for prefix in (0, 20):
+        ids, _ = random_samples(3, prefix=prefix)
+        trained = [torch.ones(len(one), dtype=torch.uint8).numpy() for one in ids]
+        own, packed = model_of(config, "eager"), model_of(config, attention.NAME)
+
+        weights = [
+            torch.randn(len(one) - 1, 97, generator=torch.Generator().manual_seed(n)) for n, one in enumerate(ids)
+        ]
+        alone = [own(input_ids=torch.tensor(one[None]).long(), use_cache=False).logits[0, :-1] for one in ids]
+        sum((x * w).sum() for x, w in zip(alone, weights, strict=True)).backward()
+
+        layout = lay_out(ids, trained, range(3))
+        assert (layout.tokens < sum(map(len, ids))) == bool(prefix)
+        logits = packed(**inputs(layout, torch.device("cpu"))).logits[0]
+        together = [logits[layout.target_at[layout.target_sample == n]] for n in range(3)]
+        sum((x * w).sum() for x, w in zip(together, weights, strict=True)).backward()
+
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * float(b.detach().abs().max()))
+        want = own.get_input_embeddings().weight.grad
+        gap = packed.get_input_embeddings().weight.grad - want
+        assert float(gap.abs().max()) < 5e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_says_that_packing_serves_it(family):
+    assert attention.why_not_packed(model_of(FAMILIES[family], attention.NAME)) is None
+
+
+@pytest.mark.parametrize(("family", "dropped"), [("gemma2, capped scores", "softcap"), ("gpt-oss, sinks", "s_aux")])
+def test_an_attention_that_drops_what_is_special_is_found_out(family, dropped, monkeypatch):
+    from transformers import AttentionInterface
+
+    def careless(*args, **more):
+        return attention.packed_attention(*args, **{**more, dropped: None})
+
+    model = model_of(FAMILIES[family], attention.NAME)
+    AttentionInterface.register(attention.NAME, careless)
+    try:
+        assert "does not compute what this model's own does" in attention.why_not_packed(model)
+    finally:
+        attention.register()
+    assert attention.why_not_packed(model) is None
+
+
+def test_special_attention_that_is_not_computed_is_refused():
+    q = torch.randn(1, 2, 5, 8)
+    for special in ({"position_bias": q}, {"is_causal": False}):
+        with pytest.raises(attention.ModelError, match="special"):
+            attention.packed_attention(None, q, q, q, None, **special)
+
+
+def test_without_packing_the_fast_attention_is_taken_only_where_it_is_right():
+    attention.use_unpacked(llama := model_of(FAMILIES["llama"], attention.NAME))
+    attention.use_unpacked(gemma := model_of(FAMILIES["gemma2, capped scores"], attention.NAME))
+    assert llama.config._attn_implementation == "sdpa" and gemma.config._attn_implementation == "eager"

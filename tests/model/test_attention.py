@@ -1,0 +1,52 @@
+"""Packed attention over trees of documents against one dense softmax, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fitout.layout import Segment
+from fitout.model.attention import packed_attention
+from fitout.model.varlen import _dense
+
+FLAT = (Segment(0, 9), Segment(9, 10), Segment(10, 43))
+TREE = (
+    Segment(0, 20), Segment(20, 33, 0), Segment(33, 34, 1), Segment(34, 50, 1), Segment(50, 57, 3), Segment(57, 90, 0),
+    Segment(90, 91), Segment(91, 100, 6),
+)  # fmt: skip
+ROOT_AFTER_ROOT = (Segment(0, 17), Segment(17, 19, 0), Segment(19, 30, 0), Segment(30, 70), Segment(70, 71, 3))
+
+
+def outcome(attend, q, k, v, slope):
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    out = attend(q, k, v)
+    out.backward(slope)
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+@pytest.mark.parametrize("segments", [FLAT, TREE, ROOT_AFTER_ROOT], ids=["flat", "tree", "two trees"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("kind", "size"), [(torch.float32, 1), (torch.float32, 30), (torch.bfloat16, 1)])
+def test_equals_a_dense_softmax(segments, groups, kind, size):
+    """`size` 30 makes scores so large that a wrong way of joining two parts overflows or forgets one."""
+    torch.manual_seed(0)
+    length = segments[-1].end
+    q, slope = torch.randn(1, 2 * groups, length, 8) * size, torch.randn(1, length, 2 * groups, 8)
+    k, v = torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
+    rounded = [x.to(kind) for x in (q, k, v, slope)]
+    want = outcome(lambda *x: _dense(*x, segments, None), *(x.float() for x in rounded))
+    got = outcome(lambda *x: packed_attention(None, *x, None, segments=segments)[0], *rounded)
+    for a, b in zip(got, want, strict=True):
+        bound = 2e-6 * size if kind == torch.float32 else 0.02
+        assert a.dtype == kind and float((a.float() - b).abs().max()) <= bound * float(b.abs().max())
+
+
+def test_a_window_over_a_tree():
+    torch.manual_seed(0)
+    q, k, v, slope = (torch.randn(1, 2, 100, 8) for _ in range(4))
+    want = outcome(lambda *x: _dense(*x, TREE, 7), q, k, v, slope.transpose(1, 2))
+    got = outcome(
+        lambda *x: packed_attention(None, *x, None, segments=TREE, sliding_window=7)[0], q, k, v, slope.transpose(1, 2)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)

@@ -1,0 +1,115 @@
+"""What watches a run: services get the numbers under one id, and never end a training that has begun."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from fitout.errors import FitoutError, RequestError
+from fitout.files import read_json, read_jsonl
+from fitout.rundir import RunDir
+from fitout.train.listeners import make_listeners
+
+INFO = {"name": "mine", "recipe": {"train": {"lr": 0.1}, "data": {"sources": [{"path": "a"}]}}, "from_step": 0}
+STEP = {"step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 5.0, "memory_mb": 3, "epoch": 0.5}
+
+
+class Wandb(SimpleNamespace):
+    """Stands in for the package: `init` gives a run that notes what it is told."""
+
+    def __init__(self, fails: bool = False):
+        super().__init__(asked=[], logged=[], finished=0, fails=fails)
+
+    def init(self, **asked):
+        self.asked.append(asked)
+        return SimpleNamespace(id=asked["id"] or "new-id", log=self.log, finish=self.finish)
+
+    def log(self, numbers, step):
+        if self.fails:
+            raise ConnectionError("no route\nand a long story")
+        self.logged.append((step, numbers))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+def watched(run, name, said, from_step=0):
+    """One step and one validation under the listeners, as the loop calls them."""
+    listeners = make_listeners([name], run, said.append)
+    for listener in listeners:
+        listener.start({**INFO, "from_step": from_step})
+    for row in (STEP, {"step": 1, "event": "evaluated", "validation_loss": 1.5}, {"step": 1, "event": "saved"}):
+        for listener in listeners:
+            listener.row(row)
+    for listener in listeners:
+        listener.close()
+
+
+def test_wandb_gets_every_number_and_goes_on_as_the_same_run(run, monkeypatch):
+    wandb, said = Wandb(), []
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    watched(run, "wandb", said)
+    assert [step for step, _ in wandb.logged] == [1, 1] and wandb.finished == 1 and not said
+    assert wandb.logged[0][1]["train/loss"] == 2.0 and wandb.logged[1][1] == {"validation/loss": 1.5}
+    assert wandb.asked[0]["dir"] == run.path and wandb.asked[0]["id"] is None
+    watched(run, "wandb", said, from_step=1)
+    assert wandb.asked[1]["id"] == "new-id" == read_json(run.services)["wandb"]
+    watched(run, "wandb", said)  # anew: another run
+    assert wandb.asked[2]["id"] is None
+
+
+def test_a_service_that_fails_on_the_way_does_not_end_the_training(run, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(fails=True))
+    watched(run, "wandb", said)
+    assert said == ["wandb gets nothing more: no route; the training goes on, see log.jsonl"]
+    assert len(read_jsonl(run.log)) == 3
+
+
+def test_a_service_that_cannot_be_started_ends_the_run_before_its_first_step(run, monkeypatch):
+    def init(**_):
+        raise RuntimeError("no API key\n...")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(FitoutError, match="wandb cannot be started: no API key") as caught:
+        watched(run, "wandb", [])
+    assert "train.listeners" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_package_is_named(run, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RequestError, match=f"{name} is not installed") as caught:
+        watched(run, name, [])
+    assert f"fitout[{name}]" in caught.value.hint
+
+
+def test_mlflow_keeps_to_the_run_directory_without_a_server(run, monkeypatch):
+    """The package itself where it is installed, else what would be asked of it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    calls: list[tuple] = []
+    fake = SimpleNamespace(
+        set_tracking_uri=lambda uri: calls.append(("uri", uri)),
+        set_experiment=lambda name: None,
+        start_run=lambda **asked: calls.append(("run", asked)) or SimpleNamespace(info=SimpleNamespace(run_id="r1")),
+        log_params=lambda params: calls.append(("params", params)),
+        log_metrics=lambda numbers, step: calls.append(("metrics", step, numbers)),
+        end_run=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    watched(run, "mlflow", [])
+    watched(run, "mlflow", [], from_step=1)
+    assert calls[0] == ("uri", (run.path / "mlflow").as_uri())
+    assert [call[1] for call in calls if call[0] == "run"] == [{"run_name": "mine"}, {"run_id": "r1"}]
+    assert [call[1] for call in calls if call[0] == "params"] == [
+        {"train.lr": "0.1", "data.sources": '[{"path": "a"}]'}
+    ]
+    assert [call[1:] for call in calls if call[0] == "metrics"][1] == (1, {"validation/loss": 1.5})
