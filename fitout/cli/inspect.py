@@ -55,16 +55,14 @@ def show_repairs(done: Repaired, screen: Terminal) -> None:
         return
     for rule in done.rules:
         screen.say(
-            f"{rule['rule']}: {rule['quarantined']:,} quarantined, {rule['suggested']:,} with a suggested repair, "
-            f"{rule['accepted']:,} accepted"
+            f"{rule['rule']}: {rule['quarantined']:,} quarantined, {rule['suggested']:,} with a suggested repair"
         )
         if rule["example"]:
             for name in ("where", "how", "before", "after"):
                 screen.say(f"  {name:<7}{rule['example'][name]}")
     if done.admitted:
         screen.say(f"{done.admitted:,} accepted repairs went in again")
-    waiting = sum(rule["suggested"] - rule["accepted"] for rule in done.rules)
-    if waiting > 0:
+    if done.rules:
         screen.say("accept suggestions with --accept RULE or --accept all; or one by one, in your own words, in")
         screen.say(f"{done.path} (`accept`: true, and the row under `row`), then run this command again")
 

@@ -165,7 +165,7 @@ class BenchmarkSettings(BaseModel):
 
     files: list[str] = Field(min_length=1)
     action: Literal["report", "drop"] = "drop"
-    overlap: float = Field(default=0.7, ge=0.4, le=1)
+    overlap: float = Field(default=0.7, ge=0.5, le=1)
 
 
 class PersonalSettings(BaseModel):

@@ -29,6 +29,7 @@ END_MARKERS_IF_CONTROL = ("</s>", "<eos>", "<end_of_turn>")
 CONTROLS = re.compile(
     "[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff\ufdd0-\ufdef\ufffe\uffff\U0001fffe\U0001ffff\U0010fffe\U0010ffff]"
 )
+UNSEEN = re.compile(CONTROLS.pattern + "|[\x80-\x9f]")  # what an example spells out
 ESCAPE = re.compile("\x1b\\[[0-9;?]*[A-Za-z]")  # what colours a terminal; without its first character it would be text
 TAG = re.compile(
     r"</?(?:br|p|div|span|b|i|u|em|strong|font|a|sup|sub|li|ul|ol|table|tr|td|h[1-6])\b[^<>]{0,200}>", re.I
@@ -217,7 +218,7 @@ def without_html(text: str) -> str:
     """Tags of formatting taken out, breaks and paragraphs as line breaks, entities as what they stand for."""
     if "<" not in text and "&" not in text or not (TAG.search(text) or ENTITY.search(text)):
         return text
-    return html.unescape(TAG.sub("", BREAK.sub("\n", text))).replace("\xa0", " ")
+    return TAG.sub("", BREAK.sub("\n", html.unescape(text))).replace("\xa0", " ")
 
 
 @lru_cache(maxsize=1)
@@ -334,7 +335,7 @@ def _difference(before: str, after: str) -> tuple[str, str]:
 
     def shown(text: str) -> str:
         piece = text[low : min(len(text) - end, start + 3 * AROUND) + min(end, AROUND)]
-        return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", piece)
+        return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", piece)
 
     return shown(before), shown(after)
 

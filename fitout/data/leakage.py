@@ -14,7 +14,7 @@ import numpy as np
 from .shingles import Weighed, Weights, likeness, shingles
 
 BATCH = 256
-REST = 0.25  # of a text's weight that the index leaves out: its commonest shingles
+REST = 0.4  # of a text's weight that the index leaves out: its commonest shingles
 BLOOM = 1 << 24
 
 

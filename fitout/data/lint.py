@@ -12,8 +12,8 @@ from typing import Literal
 
 from ..chat.types import Conversation, Message, Origin, Pair, Sample, Text
 from ..errors import DataError
-from . import SourceSettings
-from .clean import control_tokens, only_markers, strip_end_markers
+from . import CleanSettings, SourceSettings
+from .clean import Cleaner, control_tokens, only_markers, strip_end_markers
 from .content import digest, normalised, texts
 from .dedupe import exact
 from .formats import Columns, Format, Refused, choose, convert, openai, sharegpt
@@ -98,6 +98,7 @@ def check(
     for examine in (duplicates, conflicts, placeholders, turns, lengths, scripts, columns_left):
         findings += examine(samples)
     findings += spelled(samples, control)
+    findings += damaged(samples)
     return ranked(findings)
 
 
@@ -201,6 +202,39 @@ def spelled(samples: list[Sample], control: Sequence[str]) -> list[Finding]:
     for reason, origins in by_reason.items():
         message = f"{reason}; quarantined when the tokenizer has that token"
         findings.append(found("warning", "control-token", message, origins))
+    return findings
+
+
+#: What each cleaning rule finds, in words; end markers are told by `spelled`.
+DAMAGE = {
+    "control_characters": "control characters that no text means",
+    "mojibake": "text that was decoded wrongly",
+    "unicode": "letters whose accents are stored apart (not NFC)",
+    "html": "HTML remnants",
+    "refusals": "boilerplate refusals (As an AI language model)",
+    "copied": "answers that only repeat their question",
+    "language": "answers in another language than their question",
+    "personal": "personal data",
+}
+
+
+def damaged(samples: list[Sample]) -> list[Finding]:
+    """What the cleaning rules find, and what preparing does about it by default."""
+    cleaner = Cleaner(CleanSettings(end_markers="off"), ())
+    hits: dict[str, list[Origin]] = defaultdict(list)
+    for sample in samples:
+        before = dict(cleaner.found)
+        cleaner.clean(sample)
+        for rule, count in cleaner.found.items():
+            if count != before.get(rule, 0):
+                hits[rule].append(sample.origin)
+    findings = []
+    for rule, origins in hits.items():
+        does = "preparing corrects it" if cleaner.actions[rule] == "fix" else "preparing reports it"
+        message = f"{DAMAGE[rule]}; {does} (data.clean.{rule})"
+        findings.append(
+            found("warning" if rule in ("mojibake", "control_characters") else "info", rule, message, origins)
+        )
     return findings
 
 

@@ -30,7 +30,7 @@ class Near:
         self.count, self.text, self.by_line = count, text, by_line
         step = max(1, count // SAMPLED)
         self.weights = Weights(text(at) for at in range(0, count, step))
-        self.weighed = lru_cache(maxsize=8192)(lambda at: self.weights.weighed(text(at)))
+        self.weighed = lru_cache(maxsize=2048)(lambda at: self.weights.weighed(text(at)))
 
     def likeness(self, one: int, other: int) -> float:
         """Weighted Jaccard index. With `by_line` it is 0 where a line of one has too little in the other: two

@@ -430,7 +430,7 @@ def _duplicates(report: dict[str, Any], details: dict[str, Any]) -> str:
     drawn = [f"<p>{say(english, chinese)}</p>"]
     for one in details.get("clusters", ())[:12]:
         members = "".join(
-            f"<p><small>{escape(member['where'])}"
+            f"<p>{_where(member['where'])}<small>"
             + (f" · <span class=like>{member['likeness']:.2f}</span>" if member["likeness"] is not None else
                f" · {say('stays', '保留')}")
             + f"</small></p><div class=text>{escape(member['text'])}</div>"
@@ -470,8 +470,8 @@ def _leakage(report: dict[str, Any], details: dict[str, Any]) -> str:
     if pairs:
         rows = "".join(
             f"<tr><td class='n like'>{one['likeness']:.2f}{' ✕' if one['removed'] else ''}"
-            f"<td><small>{say(*PART_NAMES[one['part']])} {escape(one['where'])}</small><div class=text>{escape(one['text'])}"
-            f"</div><td><small>{escape(one['training'])}</small><div class=text>{escape(one['training_text'])}</div></tr>"
+            f"<td><small>{say(*PART_NAMES[one['part']])}</small> {_where(one['where'])}<div class=text>{escape(one['text'])}"
+            f"</div><td>{_where(one['training'])}<div class=text>{escape(one['training_text'])}</div></tr>"
             for one in pairs
         )
         head = (
@@ -510,7 +510,7 @@ def _cleaning(report: dict[str, Any], details: dict[str, Any]) -> str:
     for line in lines:
         examples = details.get("cleaning", {}).get(line["rule"], ())
         shown = "".join(
-            f"<tr><td><small>{escape(one['where'])}</small><td><div class=text>{escape(one['before'])}</div>"
+            f"<tr><td>{_where(one['where'])}<td><div class=text>{escape(one['before'])}</div>"
             f"<td><div class=text>{escape(one['after'])}</div></tr>"
             for one in examples
         )
@@ -559,7 +559,7 @@ def _quarantined(row: dict[str, Any]) -> str:
         else "-"
     )
     return (
-        f"<tr><td><small>{escape(row['file'])}:{row['line']}</small><td>{escape(row['reason'][:200])}"
+        f"<tr><td>{_where(row['file'] + ':' + str(row['line']))}<td>{escape(row['reason'][:200])}"
         f"<td><pre>{text(row['row'])}</pre><td>{repair}</tr>"
     )
 
@@ -591,6 +591,11 @@ def _sources(report: dict[str, Any]) -> str:
     notes = "".join(f"<p class=soft>{escape(note)}</p>" for note in report["notes"])
     template = f"<p class=soft>{say('Template', '模板')}: {escape(report['template'])}</p>"
     return _table(heads, rows) + template + notes
+
+
+def _where(place: str) -> str:
+    """A place in a file, with the last two names of its path; the whole path shows under the pointer."""
+    return f'<small title="{escape(place)}">{escape("/".join(place.split("/")[-2:]))}</small>'
 
 
 # tables

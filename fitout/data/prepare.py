@@ -160,6 +160,7 @@ def _stages(
     for name in PARTS:
         _write_said(run.data / f"{name}.jsonl", made[name], rows, facts, told=name == "test")
     work.details["samples"] = _examples(made["train"], rows, facts, seed)
+    work.details["seconds"] = {stage.name: round(stage.seconds, 2) for stage in work.ledger.stages if stage.seconds}
     work.close(keep=True)
     write_json(run.data_report, report)
     if not report["parts"]["train"]["supervised"]:

@@ -221,7 +221,7 @@ def draft(
 ) -> list[dict[str, Any]]:
     """Lines for `repairs.jsonl`: what is there already, then each quarantined row with its suggested repair, for a
     person to accept or to edit. `accept` names rules (or `all`) whose suggestions are accepted."""
-    lines = {line["id"]: line for line in before}
+    lines = {line["id"]: dict(line) for line in before}
     for bad in quarantine:
         if bad["id"] not in lines:
             repair = bad.get("repair")

@@ -13,5 +13,5 @@ def mostly_cjk(text: str) -> bool:
     """Whether a text is mostly Chinese, Japanese or Korean."""
     if text.isascii():
         return False
-    letters = len(LETTER.findall(text))
-    return letters > 0 and len(CJK.findall(text)) >= MOSTLY_CJK * letters
+    found = len(CJK.findall(text))
+    return found > 0 and found >= MOSTLY_CJK * len(LETTER.findall(text))

@@ -25,7 +25,7 @@ from .taxonomy import look_up
 Remove = Callable[[int, str, str], None]  # sample, rule, reason
 EXCERPT = 300  # characters of a text that a report shows
 CLUSTERS, PAIRS = 25, 25  # that a report shows
-CERTIFIED = 5_000  # held-out samples of a part that are compared with training
+CERTIFIED = 2_000  # held-out samples of a part that are compared with training
 LEAST = 0.5  # likeness that the certificate tells of
 SHORTEST = 30  # characters of a benchmark question; a shorter one stands in many a text by chance
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..errors import CheckError, FitoutError, Stopped
 from ..layout import Layout
 from ..model.memory import give_back, is_out_of_memory
 from ..model.methods.base import Method, copy_into, trainable
+from ..model.parts import DATA, part
 from ..objectives.base import Objective
 from ..rundir import RunDir
 from . import FIRST_BUDGET, TrainSettings
@@ -26,6 +28,9 @@ from .guard import FiniteGuard, Interrupted, StopRequest
 from .listeners import Listener
 from .optim import learning_rate, make_optimizer
 from .step import StepResult, mean_loss, train_step
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 T = TypeVar("T")
 NAMED = 8  # rows that a message names
@@ -41,6 +46,10 @@ class Progress:
     supervised: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    waited: float = 0.0  # of them, seconds without data
+    pairs: int = 0  # see Layout
+    padding: int = 0
+    recomputed: float = 0.0  # tokens whose layers were computed twice (as much as all of them)
     budget: int = 0  # tokens a micro-batch, after halvings
     base_loss: float | None = None  # validation loss before the first step
     best_loss: float | None = None
@@ -66,6 +75,7 @@ class Job:
     run: RunDir
     identity: dict[str, Any]
     info: dict[str, Any]
+    profile: Profile | None = None
 
 
 def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bool = False) -> Progress:
@@ -87,6 +97,8 @@ def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bo
         except Interrupted:
             run.leave()
         finally:
+            if job.profile:
+                job.profile.close()
             for listener in run.listening:
                 listener.close()
     return run.at
@@ -104,6 +116,7 @@ class _Run:
         self.finite = FiniteGuard(job.settings.on_nonfinite)
         self.at = Progress(budget=_first_budget(job.settings, backend))
         self.saved_step = -1
+        self.recomputed = 0.0  # share of the layers that are computed again in the backward pass
 
     # beginning
 
@@ -190,9 +203,13 @@ class _Run:
         rate = learning_rate(index, self.job.total_steps, self.job.lr, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        start = time.perf_counter()
-        result = self._in_memory(self._layouts(index), lambda layouts: self._train(index, layouts))
-        seconds = time.perf_counter() - start
+        profile = self.job.profile
+        with profile.step(self.job.model, self.job.total_steps - index) if profile else nullcontext():
+            start = time.perf_counter()
+            result = self._in_memory(self._layouts(index), lambda layouts: self._train(index, layouts))
+            seconds = time.perf_counter() - start
+            if profile:
+                profile.saw(result, seconds, self.recomputed, self.backend.ranks)
         culprits = [] if result.finite else self._culprits(index, result.loss)
         if self.finite.too_many(result.finite, searching=self.backend.scales_loss and math.isfinite(result.loss)):
             self._give_up_on_numbers(index, culprits)
@@ -201,6 +218,9 @@ class _Run:
         self.at.tokens += result.tokens
         self.at.supervised += result.supervised
         self.at.seconds += seconds
+        self.at.pairs += result.pairs
+        self.at.padding += result.padding
+        self.at.recomputed += self.recomputed * result.tokens
         self.at.last_loss = result.loss
         if not result.finite:
             self.at.skipped += 1
@@ -217,6 +237,8 @@ class _Run:
             tokens_per_second=round(result.tokens / seconds, 1),
             memory_mb=memory_mb(self.backend.device),
         )
+        if profile and (report := profile.take()):
+            self._tell("profiled", **report)
 
     def _train(self, index: int, layouts: list[Layout]) -> StepResult:
         torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
@@ -232,12 +254,22 @@ class _Run:
         )
 
     def _layouts(self, index: int) -> Callable[[], list[Layout]]:
-        """This rank's micro-batches of a step, under the budget at the time they are asked for."""
-        return self._layouts_of(self.job.batches.part, self.job.batches.rows(index))
+        """This rank's micro-batches of a step, under the budget at the time they are asked for; how long that was
+        waited for is counted."""
+        made = self._layouts_of(self.job.batches.part, self.job.batches.rows(index))
 
-    def _layouts_of(self, part: Part, rows: np.ndarray) -> Callable[[], list[Layout]]:
+        def timed() -> list[Layout]:
+            start = time.perf_counter()
+            with part(DATA):
+                layouts = made()
+            self.at.waited += time.perf_counter() - start
+            return layouts
+
+        return timed
+
+    def _layouts_of(self, rows_of: Part, rows: np.ndarray) -> Callable[[], list[Layout]]:
         backend, how = self.backend, {"packing": self.job.batches.packing, "share": self.job.batches.share}
-        return lambda: layouts_of(part, rows, self.at.budget, backend.rank, backend.ranks, **how)
+        return lambda: layouts_of(rows_of, rows, self.at.budget, backend.rank, backend.ranks, **how)
 
     # memory
 
@@ -262,11 +294,7 @@ class _Run:
         if smaller < min(self.at.budget, largest):
             self.at.budget = smaller
             self._tell("oom", micro_batch_tokens=smaller)
-        elif (
-            self.job.model.training
-            and self.job.settings.gradient_checkpointing == "auto"
-            and not self.job.model.is_gradient_checkpointing
-        ):
+        elif self.job.model.training and self.job.settings.gradient_checkpointing == "auto" and not self.recomputed:
             self._recompute_activations()
             self._tell("oom", gradient_checkpointing=True)
         else:
@@ -277,6 +305,7 @@ class _Run:
             )
 
     def _recompute_activations(self) -> None:
+        self.recomputed = 1.0
         self.job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # numbers that are not finite

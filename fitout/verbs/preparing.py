@@ -65,7 +65,7 @@ class Repaired:
     """What `fitout data repair` found and did: the file of repairs, a line for each rule, and the data report."""
 
     path: Path
-    rules: list[dict[str, Any]]  # rule, quarantined, suggested, accepted, and an example {where, how, before, after}
+    rules: list[dict[str, Any]]  # rule, quarantined, suggested, and an example {where, how, before, after}
     admitted: int
     report: dict[str, Any]
 
@@ -101,10 +101,10 @@ def repair_data(
     prepared, report = prepare_data(recipe, directory, chat, screen)
     if main_process():
         directory.update_status(data_fingerprint=prepared.fingerprint)
-    accepted = {line["id"] for line in lines if line["accept"]}
     rules = []
-    for rule in sorted(known, key=lambda rule: -sum(bad["rule"] == rule for bad in quarantine)):
-        here = [bad for bad in quarantine if bad["rule"] == rule]
+    waiting = read_jsonl(directory.quarantine)  # what is there still, after the accepted ones went in
+    for rule in sorted({bad["rule"] for bad in waiting}):
+        here = [bad for bad in waiting if bad["rule"] == rule]
         found = [line for line in lines if line["id"] in {bad["id"] for bad in here} and line["how"]]
         raw = {bad["id"]: bad["row"] for bad in here}
         rules.append(
@@ -112,7 +112,6 @@ def repair_data(
                 "rule": rule,
                 "quarantined": len(here),
                 "suggested": len(found),
-                "accepted": sum(bad["id"] in accepted for bad in here),
                 "example": {
                     "where": f"{found[0]['file']}:{found[0]['line']}",
                     "how": found[0]["how"],

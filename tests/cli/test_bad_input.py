@@ -67,6 +67,30 @@ def test_a_broken_line_goes_to_quarantine_with_its_number(tmp_path):
     assert "broken" in str(bad["row"])
 
 
+def test_repairs_from_the_command_line(tmp_path):
+    """Suggested, accepted by rule, written by hand: each time what was accepted is in, and the rest is told."""
+    path = rows(tmp_path / "rows.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[6] = '{"instruction": "broken", "output": "off"'
+    lines[7] = '{"instruction": "empty", "output": ""}'
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    asked = recipe(tmp_path)
+    first = fitout("data", "repair", asked, cwd=tmp_path)
+    assert first.code == 0 and "unreadable row: 1 quarantined, 1 with a suggested repair" in first.out
+    told(fitout("data", "repair", asked, "--accept", "no such", cwd=tmp_path), tmp_path, "no row is quarantined under")
+    second = fitout("data", "repair", asked, "--accept", "unreadable row", cwd=tmp_path)
+    assert "1 accepted repairs went in again" in second.out and "unreadable row:" not in second.out
+    run = RunDir(tmp_path / "runs" / "tiny")
+    mine = [json.loads(line) for line in run.repairs.read_text().splitlines()]
+    for line in mine:
+        if line["rule"] == "empty answer":
+            line |= {"accept": True, "row": {"instruction": "empty", "output": "no longer"}}
+    run.repairs.write_text("".join(json.dumps(line) + "\n" for line in mine))
+    third = fitout("data", "repair", asked, "--json", cwd=tmp_path)
+    done = json.loads(third.out)
+    assert done["admitted"] == 2 and done["rules"] == [] and done["report"]["quarantined"] == {}
+
+
 def test_the_wrong_encoding(tmp_path):
     text = "".join(json.dumps({"instruction": f"第{n}", "output": "对"}, ensure_ascii=False) + "\n" for n in range(9))
     (tmp_path / "rows.jsonl").write_bytes(text.encode("gb18030"))

@@ -54,6 +54,7 @@ def talk(question, answer, line=1):
         (composed, unicodedata.normalize("NFD", "café"), "café"),
         (composed, "café", None),
         (without_html, "one<br />two &amp; three", "one\ntwo & three"),
+        (without_html, "&lt;b&gt;bold&lt;/b&gt; text", "bold text"),
         (without_html, "<p>You&#39;re <b>here</b></p>", "You're here\n"),
         (without_html, "a < b and c > d & e", None),
     ],

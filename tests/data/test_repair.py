@@ -152,7 +152,10 @@ def test_accepted_repairs_go_in_again_and_the_sum_holds(tmp_path, chat):
     }  # fmt: skip
     bad = read_jsonl(run.quarantine)
     assert {row["line"] for row in bad if row["repair"]} == {31, 32, 34, 35}
-    write_jsonl(run.repairs, draft(bad, [], ["all"]))
+    asked = draft(bad, [], [])
+    accepted_all = draft(bad, asked, ["all"])
+    assert not any(line["accept"] for line in asked) and sum(line["accept"] for line in accepted_all) == 4
+    write_jsonl(run.repairs, accepted_all)
     again = made(tmp_path, chat)[2]
     adds_up(again)
     assert again["samples"] == 36 and sum(again["kept"].values()) == 35

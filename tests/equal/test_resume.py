@@ -153,7 +153,7 @@ def assert_each_once_an_epoch(notes, rows=26, steps=7):
 
 
 def outcome(job, progress):
-    told = {k: v for k, v in vars(progress).items() if k != "seconds"}
+    told = {k: v for k, v in vars(progress).items() if k not in ("seconds", "waited")}
     return losses(job.run.log), told, trained_tensors(job.model) | job.method.state(job.model)
 
 
