@@ -16,19 +16,21 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from .chat.types import Conversation, Message, Origin, Text
-from .errors import CheckError, RequestError
+from .errors import CheckError, FitoutError, RequestError
 from .files import fingerprint
+from .model.memory import give_back, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .chat.render import Chat
 
+T = TypeVar("T")
 Prompt = Conversation | Sequence[Message]
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -79,6 +81,7 @@ class Engine:
         self._vocabulary: int = text_config.vocab_size
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self.largest_batch: int | None = None  # rows a batch, since memory ran out with more
 
     @classmethod
     def open(
@@ -210,10 +213,13 @@ class Engine:
         ]
         scores: list[list[float]] = [[0.0] * max(len(ids) - 1, 0) for ids in texts_ids]
         windows.sort(key=lambda window: len(window[2]))
-        for chunk in _chunks(windows, batch_size):
+
+        def read(chunk: list[tuple[int, int, list[int]]]) -> None:
             rows = self._score(_Rows(self, len(chunk)), [ids for _, _, ids in chunk])
             for (text, start, ids), row in zip(chunk, rows, strict=True):
                 scores[text][start : start + len(ids) - 1] = row
+
+        self._in_batches(windows, batch_size, read)
         return scores
 
     # prompts
@@ -261,25 +267,59 @@ class Engine:
             _Answer(self.chat.decode, stop_ids, stop, self._room(prompt, max_new_tokens), error=self._fault(prompt))
             for prompt in prompts
         ]
-        todo = [row for row, answer in enumerate(answers) if answer.error is None]
-        todo.sort(key=lambda row: -len(prompts[row]))  # longest first: a batch too large for memory fails at once
-        for chunk in _chunks(todo, batch_size):
+
+        def answer(chunk: list[int]) -> None:
+            for row in chunk:  # anew when a larger batch did not fit: from each row's first token and random number
+                answers[row].begin()
+                sampler.begin(row)
             for _ in self._steps([prompts[row] for row in chunk], [answers[row] for row in chunk], chunk, sampler):
                 pass
             if progress:
                 progress(sum(answer.finish_reason is not None for answer in answers), len(answers))
+
+        todo = [row for row, answer in enumerate(answers) if answer.error is None]
+        todo.sort(key=lambda row: -len(prompts[row]))  # longest first: a batch too large for memory fails at once
+        self._in_batches(todo, batch_size, answer)
         return [answer.completion(len(prompt)) for answer, prompt in zip(answers, prompts, strict=True)]
+
+    def _in_batches(self, items: list[T], size: int, work: Callable[[list[T]], None]) -> None:
+        """Works through `items`, `size` at a time; when memory runs out, from then on half as many.
+
+        Raises FitoutError when not even a single one fits.
+        """
+        at = 0
+        while at < len(items):
+            chunk = items[at : at + min(size, self.largest_batch or size)]
+            try:
+                work(chunk)
+                at += len(chunk)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise  # the error goes before anything is tried again: its traceback holds what was computed
+            give_back(self.model.device)
+            if len(chunk) == 1:
+                raise _too_large()
+            self.largest_batch = len(chunk) // 2
 
     def _pieces(
         self, prompt: list[int], answer: _Answer, sampler: _Sampler, cancelled: Callable[[], bool]
     ) -> Iterator[str]:
         shown = 0
-        for _ in self._steps([prompt], [answer], [0], sampler):
-            if len(answer.settled) > shown:
-                yield answer.settled[shown:]
-                shown = len(answer.settled)
-            if answer.finish_reason is None and cancelled():
-                answer.end("cancelled")  # before the next forward
+        try:
+            for _ in self._steps([prompt], [answer], [0], sampler):
+                if len(answer.settled) > shown:
+                    yield answer.settled[shown:]
+                    shown = len(answer.settled)
+                if answer.finish_reason is None and cancelled():
+                    answer.end("cancelled")  # before the next forward
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            answer.error = "memory"  # said below, when the error and what its traceback holds are gone
+        if answer.error:
+            give_back(self.model.device)
+            raise _too_large()
         if len(answer.settled) > shown:
             yield answer.settled[shown:]
 
@@ -326,7 +366,8 @@ class Engine:
                 hint="Shorten or drop the conversation.",
             )
         scores: list[float] = []
-        for chunk in _chunks(rendered, batch_size):
+
+        def score(chunk: list[tuple[list[int], list[bool]]]) -> None:
             # The prompt once, then the answers; the last token in common is fed to each, as it predicts what differs.
             common = min(_common([ids for ids, _ in chunk]), *(_first(trained) for _, trained in chunk)) - 1
             rows = _Rows(self, 1)
@@ -336,6 +377,8 @@ class Engine:
             common = max(common, 0)
             for (_, trained), row in zip(chunk, self._score(rows, [ids[common:] for ids, _ in chunk]), strict=True):
                 scores.append(math.fsum(p for p, train in zip(row, trained[common + 1 :], strict=True) if train))
+
+        self._in_batches(rendered, batch_size, score)
         return scores
 
     def _with_answers(
@@ -415,15 +458,19 @@ class _Answer:
     ):
         if "" in stop:
             raise RequestError("a stop string is empty", hint="Leave it out.")
-        self.ids: list[int] = []
         self.error = error
-        self.finish_reason: FinishReason | None = "length" if error else None
-        self.settled = ""
         self._decode = decode
         self._stop_ids = frozenset(stop_ids)
         self._stop = tuple(stop)
         self._limit = limit
         self._watched = watched or bool(stop)  # otherwise the text is only read at the end
+        self.begin()
+
+    def begin(self) -> None:
+        """As it was before the first token."""
+        self.ids: list[int] = []
+        self.finish_reason: FinishReason | None = "length" if self.error else None
+        self.settled = ""
 
     def add(self, token: int) -> None:
         self.ids.append(token)
@@ -478,6 +525,10 @@ class _Sampler:
         self._seed = secrets.randbits(63) if seed is None else seed
         self._streams: dict[int, torch.Generator] = {}
 
+    def begin(self, stream: int) -> None:
+        """Sets a random stream to its beginning."""
+        self._streams.pop(stream, None)
+
     def pick(self, logits: torch.Tensor, streams: Sequence[int]) -> list[int]:
         """One token id for each row of `logits` (B, V)."""
         best, ids = logits.max(dim=-1)
@@ -510,17 +561,20 @@ class _Sampler:
         return torch.rand(1, generator=self._streams[stream], dtype=torch.float64).item()
 
 
+def _too_large() -> FitoutError:
+    return FitoutError(
+        "memory ran out on a single prompt",
+        harm="There is no answer to it.",
+        hint="Use a shorter prompt, fewer new tokens, precision bf16, or a smaller model.",
+    )
+
+
 def _question(prompt: Prompt, tools: Sequence[dict]) -> tuple[Sequence[Message], Sequence[dict]]:
     """What is asked: the messages without the reference answer, and the tools."""
     if not isinstance(prompt, Conversation):
         return prompt, tools
     messages = prompt.messages
     return (messages[:-1] if messages and messages[-1].role == "assistant" else messages), prompt.tools
-
-
-def _chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _common(rows: list[list[int]]) -> int:

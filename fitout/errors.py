@@ -7,6 +7,7 @@
     |   +-- TemplateError                a chat template that would train the wrong thing
     |   +-- ModelError                   a base model or adapter that cannot be used
     |   +-- RunExistsError               a run directory that is taken
+    +-- TemplateLimitError      exit 2   a chat template that does not end, or wants all memory
     +-- CheckError              exit 1   a self-check refused to go on (a merge that changes logits, say)
     +-- Stopped                 exit 3   stopped on request, with a checkpoint
 
@@ -64,6 +65,13 @@ class ModelError(RequestError):
 
 class RunExistsError(RequestError):
     pass
+
+
+class TemplateLimitError(FitoutError):
+    """No TemplateError, so that nobody takes it for one row's fault and goes on with the next; `place` is the row's."""
+
+    exit_code = 2
+    place = 0
 
 
 class CheckError(FitoutError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,21 @@ def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
             harm="Nothing half-written is left behind; what was complete before still is.",
             hint="Free some space or choose another folder with --out, then run the same command again.",
         ) from error
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}  # what disks have to say
+
+
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turns what a disk has to say about work in `folder` (it is full, it failed) into an error with path and cause."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        with explain_os_errors(Path(error.filename or folder), "write"):
+            raise
 
 
 @contextmanager

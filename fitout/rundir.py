@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import RunExistsError
 from .files import explain_os_errors, make_folder, read_json, write_json
+from .lock import Lock
 
 
 @dataclass(frozen=True)
@@ -154,22 +151,8 @@ class RunDir:
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Holds the run directory for this process; a second one is refused. The lock dies with its holder."""
-        with explain_os_errors(self.path, "create the run directory"):
+        with explain_os_errors(self.path, "lock the run directory"):
             make_folder(self.path)
-            handle = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.read(handle, 200).decode(errors="replace").strip()
-                raise RunExistsError(
-                    f"another process is working in this run directory ({holder or 'unknown'})",
-                    where=str(self.path),
-                    harm="Two writers would mix their checkpoints and logs.",
-                    hint="Wait for it, stop it, or choose another name with --out.",
-                ) from None
-            os.ftruncate(handle, 0)
-            os.write(handle, json.dumps({"pid": os.getpid()}).encode())
+            lock = Lock(self.lock_file)
+        with lock:
             yield
-        finally:
-            os.close(handle)

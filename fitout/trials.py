@@ -10,7 +10,6 @@ What the runs do, and with which settings, is not decided here: a recipe comes i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -31,6 +30,7 @@ import yaml
 
 from .errors import FitoutError, RequestError, RunExistsError, Stopped
 from .files import read_json, read_jsonl, write_json, write_text
+from .lock import is_held
 from .rundir import RunDir
 
 TIMED_STEPS = 10  # of a timing run; the first two, which warm up, do not count
@@ -363,7 +363,7 @@ class Trials:
     def _wait_until_free(self, run: RunDir, trial: Trial) -> None:
         """A run whose parent was killed works on; it is waited for, not begun a second time."""
         told = False
-        while _is_held(run.lock_file):
+        while is_held(run.lock_file):
             if not told:
                 self.say(f"{trial.told}: a process of an earlier call still works on it; waiting for it to end")
                 told = True
@@ -496,19 +496,6 @@ def _reason(said: str, code: int) -> str:
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}"
     return lines[-1] if lines else f"it ended with exit code {code} and said nothing"
-
-
-def _is_held(lock: Path) -> bool:
-    if not lock.exists():
-        return False
-    handle = os.open(lock, os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def _last_step(log: Path) -> int:

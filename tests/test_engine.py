@@ -14,7 +14,7 @@ import fitout.engine
 from fitout.chat.render import open_chat
 from fitout.chat.types import Conversation, Message, Origin
 from fitout.engine import Engine, _Sampler
-from fitout.errors import CheckError, RequestError, TemplateError
+from fitout.errors import CheckError, FitoutError, RequestError, TemplateError
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 CHINESE = "你好，世界！北京是中国的首都。🌍 Hello"
@@ -136,6 +136,69 @@ def plain_log_probs(model, ids: list[int]) -> torch.Tensor:
 
 
 # batches
+
+
+class Scarce:
+    """A model that has memory for so many rows of a batch and no more."""
+
+    def __init__(self, model, rows: int, after: int = 0):
+        self.model, self.rows, self.left, self.refused = model, rows, after, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, input_ids, **more):
+        self.left -= 1
+        if len(input_ids) > self.rows and self.left < 0:  # in the middle of an answer as well as at its beginning
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(input_ids=input_ids, **more)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(chat, engine, after):
+    how = {"max_new_tokens": 12, "batch_size": 6, "temperature": 0.8, "seed": 5}
+    want = engine.generate([ask(q) for q in QUESTIONS], **how)
+    scarce = Engine(engine.model, chat)
+    scarce.model = Scarce(engine.model, rows=2, after=after)
+    seen = []
+    got = scarce.generate([ask(q) for q in QUESTIONS], **how, progress=lambda done, total: seen.append(done))
+    assert [one.ids for one in got] == [one.ids for one in want]
+    assert scarce.largest_batch == 1 and scarce.model.refused == 2  # 6, then 3, then 1
+    assert seen[-1] == len(QUESTIONS) and seen == sorted(seen)
+
+
+def test_out_of_memory_while_likelihoods_are_read(chat, engine):
+    texts = ["the capital of the world", "of", "Hello there", "the the the"]
+    options = ["Paris", "London", "a third one", "B"]
+    scarce = Engine(engine.model, chat)
+    scarce.model = Scarce(engine.model, rows=1)
+    for got, want in zip(scarce.token_log_probs(texts, 8), engine.token_log_probs(texts, 8), strict=True):
+        assert got == pytest.approx(want, rel=2e-6)
+    [got], [want] = scarce.choose([ask("Hi")], options), engine.choose([ask("Hi")], options)
+    assert got == pytest.approx(want, abs=1e-5)
+    assert scarce.largest_batch == 1
+
+
+def test_out_of_memory_on_one_prompt_ends_with_advice(chat, engine):
+    scarce = Engine(engine.model, chat)
+    scarce.model = Scarce(engine.model, rows=0)
+    for call in (
+        lambda: scarce.generate([ask("Hi"), ask("Ho")], max_new_tokens=4),
+        lambda: scarce.token_log_probs(["the capital"], 8),
+        lambda: list(scarce.stream(ask("Hi"), max_new_tokens=4)),
+    ):
+        with pytest.raises(FitoutError, match="memory ran out on a single prompt") as error:
+            call()
+        assert error.value.exit_code == 1 and error.value.hint
+
+
+def test_other_errors_are_not_taken_for_memory(chat, engine):
+    broken = Engine(engine.model, chat)
+    broken.model = Scarce(engine.model, rows=99)
+    broken.model.model = None
+    with pytest.raises((TypeError, AttributeError)):
+        broken.generate([ask("Hi")], max_new_tokens=4)
 
 
 @pytest.mark.parametrize(

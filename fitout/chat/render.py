@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import TemplateError
+from ..errors import TemplateError, TemplateLimitError
 from . import ChatSettings
+from .sandbox import Ask, renderer
 from .tokenizer import LoadedTokenizer, load_tokenizer
 from .types import Conversation, Message, Origin, Text, Tokens
 
@@ -55,7 +56,7 @@ class Chat:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an assistant's turn: the one the template writes, and the tokenizer's end-of-text."""
-        ids = {self._end_of_turn(self._render_one(SAMPLE, ()))}
+        ids = {self._end_of_turn(self._sample()[0])}
         ids.add(self.tokenizer.eos_token_id)
         return tuple(sorted(i for i in ids if i is not None))
 
@@ -75,7 +76,7 @@ class Chat:
 
     def render_many(self, conversations: Sequence[Conversation]) -> list[list[Tokens]]:
         """`render` for many at once (the tokenizer then uses every core)."""
-        rendered = [self._strings(conversation) for conversation in conversations]
+        rendered = self._strings(conversations)
         flat = [one for group in rendered for one in group]
         encodings = iter(self._encode([one.text for one in flat]))
         return [
@@ -85,7 +86,8 @@ class Chat:
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> str:
         """What stands before an assistant's turn."""
-        return self._template(messages, tools, generation=True)
+        [[text]] = self._render([(messages, tools, [(len(messages), True)])])
+        return text
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> list[int]:
         """The ids up to where the assistant begins. Raises TemplateError when a text spells a control token."""
@@ -127,43 +129,72 @@ class Chat:
         ids = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         return self.tokenizer.bos_token_id is not None and ids[:1] == [self.tokenizer.bos_token_id]
 
-    def _template(self, messages: Sequence[Message], tools: Sequence[dict], *, generation: bool) -> str:
-        from jinja2.exceptions import TemplateError as JinjaError
+    def render_dicts(self, messages: Sequence[dict[str, Any]], *, generation: bool = False) -> str:
+        """What the template makes of plain messages. Raises TemplateError when it does not render them."""
+        [found] = self._ask([Ask(messages, (), [(len(messages), generation)])])
+        if isinstance(found, TemplateError):
+            raise found
+        return found[0]
 
+    def _ask(self, asks: Sequence[Ask]) -> list[list[str] | TemplateError]:
+        """Strings by template, rendered elsewhere (see sandbox.py)."""
+        own = self.tokenizer
+        template = [own.get_chat_template(None, ask.tools or None) for ask in asks]  # some have one for tools
+        found: list[Any] = [None] * len(asks)
+        for one in dict.fromkeys(template):
+            places = [at for at, its in enumerate(template) if its == one]
+            try:
+                answers = renderer().render(one, own.special_tokens_map, [asks[at] for at in places])
+            except TemplateLimitError as error:
+                error.place = places[error.place]
+                raise
+            for at, answer in zip(places, answers, strict=True):
+                found[at] = answer
+        return found
+
+    def _render(
+        self, asked: Sequence[tuple[Sequence[Message], Sequence[dict], Sequence[tuple[int, bool]]]]
+    ) -> list[list[str]]:
+        """Strings of (messages, tools, cuts), as `Ask` has them."""
+        asks = [Ask([message.as_dict() for message in messages], tools, cuts) for messages, tools, cuts in asked]
+        found = []
+        for answer in self._ask(asks):
+            if isinstance(answer, TemplateError):
+                raise TemplateError(
+                    f"the chat template ({self.template_name}) does not render: {answer.message}",
+                    harm="These messages cannot be turned into what the model reads.",
+                    hint="Correct the template or the messages, or set chat.template: plain.",
+                )
+            found.append(answer)
+        return found
+
+    def _strings(self, conversations: Sequence[Conversation]) -> list[list[_Rendered]]:
+        """The strings to encode of each conversation. Where every turn's prompt is a beginning of the whole, that is
+        one string; otherwise the template rewrites history, and each supervised turn gets the context it will see at
+        inference."""
+        supervised = [
+            [i for i, m in enumerate(one.messages) if m.role == "assistant" and m.train] for one in conversations
+        ]
+        asked = []
+        for one, turns in zip(conversations, supervised, strict=True):
+            cuts = [(len(one.messages), False), *(cut for turn in turns for cut in ((turn, True), (turn + 1, False)))]
+            asked.append((one.messages, one.tools, cuts))
         try:
-            return self.tokenizer.apply_chat_template(
-                [message.as_dict() for message in messages],
-                tools=list(tools) or None,
-                add_generation_prompt=generation,
-                tokenize=False,
-            )
-        except (JinjaError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise TemplateError(
-                f"the chat template ({self.template_name}) does not render: {error}",
-                harm="These messages cannot be turned into what the model reads.",
-                hint="Correct the template or the messages, or set chat.template: plain.",
-            ) from error
+            strings = self._render(asked)
+        except TemplateLimitError as error:
+            error.where = str(conversations[error.place].origin)
+            raise
+        return [self._divide(whole, rest) for whole, *rest in strings]
 
-    def _strings(self, conversation: Conversation) -> list[_Rendered]:
-        """The strings to encode. Where every turn's prompt is a beginning of the whole, that is one string; otherwise
-        the template rewrites history, and each supervised turn gets the context it will see at inference."""
-        messages, tools = conversation.messages, conversation.tools
-        turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.train]
-        whole = self._template(messages, tools, generation=False)
-        spans = []
-        for turn in turns:
-            prompt = self._template(messages[:turn], tools, generation=True)
-            last = turn == len(messages) - 1
-            upto = whole if last else self._template(messages[: turn + 1], tools, generation=False)
-            if not (whole.startswith(upto) and upto.startswith(prompt)):
-                return [self._render_one(messages[: i + 1], tools) for i in turns]
-            spans.append((len(prompt), len(upto)))
-        return [_Rendered(whole, tuple(spans))]
+    def _divide(self, whole: str, rest: Sequence[str]) -> list[_Rendered]:
+        """What is encoded, from the whole and for each supervised turn its prompt and the string up to its end."""
+        turns = list(zip(rest[::2], rest[1::2], strict=True))
+        if all(whole.startswith(upto) and upto.startswith(prompt) for prompt, upto in turns):
+            return [_Rendered(whole, tuple((len(prompt), len(upto)) for prompt, upto in turns))]
+        return [self._last_turn(prompt, upto) for prompt, upto in turns]
 
-    def _render_one(self, messages: Sequence[Message], tools: Sequence[dict]) -> _Rendered:
+    def _last_turn(self, prompt: str, whole: str) -> _Rendered:
         """A conversation of which only the last turn is supervised."""
-        whole = self._template(messages, tools, generation=False)
-        prompt = self._template(messages[:-1], tools, generation=True)
         if not whole.startswith(prompt):
             raise TemplateError(
                 f"the chat template ({self.template_name}) writes a finished turn differently from its own prompt",
@@ -171,6 +202,11 @@ class Chat:
                 hint="Use chat.template_kwargs to make them agree (enable_thinking: true, say), or another template.",
             )
         return _Rendered(whole, ((len(prompt), len(whole)),))
+
+    def _sample(self) -> tuple[_Rendered, str]:
+        """SAMPLE with its last turn supervised, and its prompt."""
+        [[whole, prompt]] = self._render([(SAMPLE, (), [(2, False), (1, True)])])
+        return self._last_turn(prompt, whole), prompt
 
     def _encode(self, texts: list[str]) -> list[Any]:
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -202,8 +238,7 @@ class Chat:
 
     def check(self) -> None:
         """Refuses a template that would train the wrong thing; run before every training. Raises TemplateError."""
-        rendered = self._render_one(SAMPLE, ())
-        prompt = self._template(SAMPLE[:1], (), generation=True)
+        rendered, prompt = self._sample()
         encoding, prompt_ids = self._encode([rendered.text])[0], self._encode([prompt])[0].ids
         ids = encoding.ids
         if SAMPLE[1].content not in rendered.text[len(prompt) :]:
@@ -258,6 +293,7 @@ def open_chat(
     trust_remote_code: bool = False,
 ) -> Chat:
     """The tokenizer and template of a model folder or hub id; `check` is run before training, not here."""
+    renderer().start()  # it will be ready when the tokenizer is
     loaded = load_tokenizer(
         str(base), settings or ChatSettings(), revision=revision, trust_remote_code=trust_remote_code
     )

@@ -45,7 +45,7 @@ def launch(
     config: dict[str, Any] = {"rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
     if nodes > 1 and rendezvous is not None:
         config = _between_machines(rendezvous)
-    stacks = set(run.stacks.glob("*.txt"))
+    stacks = _written(run.stacks)
     if nodes > 1:
         threading.Thread(target=_leave_after_a_hang, args=(run, stacks), daemon=True).start()
     ranks = elastic_launch(
@@ -63,7 +63,7 @@ def launch(
     try:
         ranks("-m", "fitout", *arguments)
     except ChildFailedError as error:
-        return _ended(error.failures, run, set(run.stacks.glob("*.txt")) - stacks)
+        return _ended(error.failures, run, _written(run.stacks) - stacks)
     except SignalException as error:
         if run.read_status().get("status") == "stopped":
             return 3
@@ -154,6 +154,10 @@ def _interface(own: str) -> str | None:
     return None
 
 
+def _written(stacks: Path) -> set[Path]:
+    return {path for path in stacks.glob("*.txt") if path.stat().st_size}
+
+
 def _hung(run: RunDir) -> FitoutError:
     return FitoutError(
         "a rank hung, or its machine cannot be reached; all were ended",
@@ -166,7 +170,7 @@ def _hung(run: RunDir) -> FitoutError:
 def _leave_after_a_hang(run: RunDir, before: set[Path]) -> None:
     """Ends this process a minute after ranks ended because of a hang. Torch elastic itself may wait for the machine
     where all meet, and with a cut cable the kernel takes a quarter of an hour to give up."""
-    while not set(run.stacks.glob("*.txt")) - before:
+    while not _written(run.stacks) - before:
         time.sleep(2)
     time.sleep(ELASTIC)
     first, *rest = _hung(run).lines()

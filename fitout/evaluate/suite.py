@@ -121,7 +121,8 @@ class Answers:
     """One model's answers, in the order of the questions.
 
     finish_reasons: "stop", "length" (ran into the token limit), "choice" (a label was chosen), or "error": the model
-    could not be asked (the prompt fills its context, say), the text is empty, and `errors` says why.
+    could not be asked (the prompt fills its context, say), the text is empty, and `errors` says why. largest_batch: how
+    many at a time since memory ran out, None where it did not.
     """
 
     texts: list[str]
@@ -130,6 +131,7 @@ class Answers:
     completions: list[str]
     pieces: list[Piece]
     seconds: float
+    largest_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -313,6 +315,7 @@ def answer(
         completions=completions,
         pieces=pieces,
         seconds=round(time.monotonic() - started, 3),
+        largest_batch=getattr(engine, "largest_batch", None),
     )
 
 
@@ -504,6 +507,11 @@ def _notes(
             )
         if errors := answers.errors:
             notes.append(f"The {name} could not answer {len(errors)} of {n} questions, scored as zero: {errors[0]}.")
+        if answers.largest_batch:
+            notes.append(
+                f"Memory ran out while the {name} answered; from then on {answers.largest_batch} at a time, which "
+                "changes no answer."
+            )
         if empty := sum(not text.strip() for text in answers.texts) - len(answers.errors):
             notes.append(f"The {name} gave {empty} empty answers of {n}, scored as zero.")
     if alien := sum(bool(q.choices) and normalise(q.reference) not in map(normalise, q.choices) for q in asked):

@@ -39,11 +39,9 @@ def take_apart(chat: Chat) -> Pieces:
     Raises TemplateError when the template is more than pieces around texts.
     """
 
-    from jinja2.exceptions import TemplateError as JinjaError
-
     def render(*roles: str, ask: bool = False) -> str:
         rows = [{"role": role, "content": TEXT} for role in roles]
-        return chat.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=ask)
+        return chat.render_dicts(rows, generation=ask)
 
     try:
         one, two = render("user"), render("user", "assistant")
@@ -51,11 +49,11 @@ def take_apart(chat: Chat) -> Pieces:
         answer = render("user", ask=True).removeprefix(one)
         user, assistant = three.removeprefix(two), four.removeprefix(three)
         start = one.removesuffix(user)
-    except (JinjaError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _refused(chat, f"it does not render: {error}") from error
+    except TemplateError as error:
+        raise _refused(chat, f"it does not render: {error.message}") from error
     try:
         system = render("system", "user").removesuffix(user)
-    except (JinjaError, TypeError, ValueError, KeyError, AttributeError):
+    except TemplateError:
         system = ""  # a template that takes no system message
     common = chat.tokenizer.bos_token if begins_with_bos(chat) else ""
     around = {"user": _split(user), "assistant": _split(assistant)}

@@ -39,6 +39,9 @@ class TrainSettings(BaseModel):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="recompute activations to save memory; auto: only when memory runs out"
     )
+    on_nonfinite: Literal["skip", "stop"] = Field(
+        "skip", description="a step with NaN or Inf: skip it (ten in a row end the run), or stop at the first"
+    )
     seed: int = Field(0, ge=0)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept besides the best")
@@ -53,7 +56,7 @@ class TrainSettings(BaseModel):
     offload: bool = Field(
         False, description="fsdp: parameters and optimizer, zero: the optimizer in main memory; slower, and more fits"
     )
-    hang_after: float = Field(1800, ge=1, description="seconds without a forward until a rank among several is hung")
+    hang_after: float = Field(1800, ge=1, description="seconds without a forward until a process is taken as hung")
     listeners: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
 
     @field_validator("parallel")

@@ -76,6 +76,11 @@ class Backend:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled up before backward (fp16), by a factor that is sought on the way."""
+        return self._scaler is not None
+
     def compute_in(self, precision: str, *, autocast: bool) -> None:
         """fp32, bf16 or fp16; with `autocast` where the trained weights themselves stay in fp32."""
         if autocast and precision != "fp32":
@@ -222,11 +227,8 @@ class Backend:
 
     @contextmanager
     def watched(self, folder: Path, seconds: float) -> Iterator[None]:
-        """Inside, a rank among several that computes nothing for so long is taken as hung (see watch.py)."""
-        if self.ranks == 1:
-            yield
-            return
-        self._watch = Watch(folder / f"rank-{self.rank}.txt", seconds, self.rank)
+        """Inside, a process that computes nothing for so long is taken as hung (see watch.py)."""
+        self._watch = Watch(folder / f"rank-{self.rank}.txt", seconds, self.rank, self.ranks)
         try:
             yield
         finally:

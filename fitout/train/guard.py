@@ -1,4 +1,7 @@
-"""What may go wrong while training: stop requests, memory, numbers that are not finite."""
+"""What may go wrong while training: stop requests, numbers that are not finite.
+
+(Memory that runs out is told by model.memory, a step that hangs by watch.py; what the loop does is in loop.py.)
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import signal
 import threading
 from types import FrameType
 
-import torch
-
-from ..errors import FitoutError
-
 MAX_SKIPPED = 10  # steps in a row without finite gradients before the run ends
+
+
+class Interrupted(Exception):
+    """A stop was asked for between two micro-batches: what was being computed is given up, nothing of it is kept."""
 
 
 class StopRequest:
@@ -26,6 +29,11 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._asked)
         return self
 
+    def check(self) -> None:
+        """Raises Interrupted when a stop was asked for; to be called where work can be given up without a trace."""
+        if self.name:
+            raise Interrupted(self.name)
+
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, self._previous[number])  # type: ignore[arg-type]
@@ -35,24 +43,14 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
 class FiniteGuard:
-    """Counts steps whose gradients were not finite; the loop skips them and ends the run when they do not stop."""
+    """Counts steps without finite gradients, and says when the run must end because of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: str) -> None:
+        self.allowed = MAX_SKIPPED if policy == "skip" else 1
         self.in_a_row = 0
 
-    def saw(self, finite: bool, step: int, origins: list[str]) -> None:
+    def too_many(self, finite: bool, *, searching: bool) -> bool:
+        """Takes in one more step; `searching`: the loss is finite and its scale may be what is not (fp16)."""
         self.in_a_row = 0 if finite else self.in_a_row + 1
-        if self.in_a_row >= MAX_SKIPPED:
-            raise FitoutError(
-                f"{MAX_SKIPPED} steps in a row had no finite gradients (the last at step {step})",
-                harm="The weights were left as they were before the first of them.",
-                hint="Lower train.lr or set train.precision: fp32; the last step's rows: " + ", ".join(origins[:4]),
-            )
+        return self.in_a_row >= (MAX_SKIPPED if searching else self.allowed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ..data.batches import Batches, layouts_of
 from ..data.store import Part
 from ..errors import CheckError, FitoutError, Stopped
 from ..layout import Layout
+from ..model.memory import give_back, is_out_of_memory
 from ..model.methods.base import Method, copy_into, trainable
 from ..model.parts import DATA, part
 from ..objectives.base import Objective
@@ -23,7 +25,7 @@ from . import FIRST_BUDGET, TrainSettings
 from .ahead import Ahead
 from .backend import Backend
 from .checkpoint import Checkpoint, Checkpoints
-from .guard import FiniteGuard, StopRequest, is_out_of_memory
+from .guard import FiniteGuard, Interrupted, StopRequest
 from .listeners import Listener
 from .optim import learning_rate, make_optimizer
 from .step import StepResult, mean_loss, train_step
@@ -31,6 +33,8 @@ from .step import StepResult, mean_loss, train_step
 if TYPE_CHECKING:
     from .profile import Profile
 
+T = TypeVar("T")
+NAMED = 8  # rows that a message names
 STATE = "method|"  # before the names of a method's own state in a checkpoint's weights
 
 
@@ -53,7 +57,7 @@ class Progress:
     best_step: int | None = None
     worse: int = 0  # validations since the best
     last_loss: float | None = None
-    validation: list[list[float]] = field(default_factory=list)  # [step, loss]
+    validation: list[list[float | None]] = field(default_factory=list)  # [step, loss; None where it is not finite]
     stopped_early: bool = False
 
 
@@ -76,43 +80,42 @@ class Job:
 
 
 def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bool = False) -> Progress:
-    """Trains to `total_steps`, or to early stopping. Raises Stopped (with a checkpoint saved) on SIGTERM and SIGINT."""
-    run = _Run(job, backend, listeners if backend.main else ())
-    run.begin(resume)
-    try:
-        with StopRequest() as stop:
+    """Trains to `total_steps`, or to early stopping. Raises Stopped (with a checkpoint saved) on SIGTERM and SIGINT:
+    between two micro-batches, so that not even a long step or validation is waited for."""
+    with StopRequest() as stop:
+        run = _Run(job, backend, listeners if backend.main else (), stop)
+        try:
+            run.begin(resume)
             while run.at.step < job.total_steps and not run.at.stopped_early:
                 run.step()
-                stopping = backend.any(stop.name is not None)
                 if run.evaluation_due():
                     run.evaluate()
-                if run.save_due() or stopping:
+                if run.save_due():
                     run.save()
-                if stopping:
-                    raise Stopped(
-                        f"stopped by {stop.name or 'another rank'} after step {run.at.step} of {job.total_steps}; "
-                        "a checkpoint is saved",
-                        hint="Go on with the same command (for `fitout train` add --resume).",
-                    )
-        run.finish()
-    finally:
-        run.ahead.close()
-        if job.profile:
-            job.profile.close()
-        for listener in run.listeners:
-            listener.close()
+                run.leave_when_asked()
+            run.finish()
+            run.leave_when_asked()
+        except Interrupted:
+            run.leave()
+        finally:
+            run.ahead.close()
+            if job.profile:
+                job.profile.close()
+            for listener in run.listening:
+                listener.close()
     return run.at
 
 
 class _Run:
     """The loop's state and its moves."""
 
-    def __init__(self, job: Job, backend: Backend, listeners: Sequence[Listener]):
-        self.job, self.backend, self.listeners = job, backend, listeners
+    def __init__(self, job: Job, backend: Backend, listeners: Sequence[Listener], stop: StopRequest):
+        self.job, self.backend, self.listeners, self.stop = job, backend, listeners, stop
         self.parameters = trainable(job.model)
         self.optimizer: Any = None  # made when the backend takes the model over
         self.checkpoints = Checkpoints(job.run.checkpoints)
-        self.finite = FiniteGuard()
+        self.listening: list[Listener] = []  # those that were started
+        self.finite = FiniteGuard(job.settings.on_nonfinite)
         self.at = Progress(budget=_first_budget(job.settings, backend))
         self.ahead = Ahead(self._make_layouts, job.total_steps)
         self.saved_step = -1
@@ -135,12 +138,13 @@ class _Run:
             self._engage()
         for listener in self.listeners:
             listener.start({**self.job.info, "total_steps": self.job.total_steps, "from_step": self.at.step})
+            self.listening.append(listener)
         if checkpoint or passed_over:
             self._tell("resumed", passed_over=passed_over)
         if self.job.settings.gradient_checkpointing is True:
             self._recompute_activations()
         self.job.model.train()
-        if self.at.step == 0:
+        if (self.at.step == 0 or self.evaluation_due()) and not self._evaluated():  # a stop may have come within it
             self.evaluate()
 
     def _engage(self) -> None:
@@ -180,25 +184,19 @@ class _Run:
     def _gradients(self) -> Iterator[None]:
         """Backward over the samples of the coming steps; at each yield one step's gradients, of all ranks, stand in the
         model, divided by the step's units."""
-        batches, backend = self.job.batches, self.backend
+
+        def backward(layouts: list[Layout]) -> None:
+            (total,) = self.backend.sum(self.job.objective.units(layouts))
+            for layout in layouts:
+                if layout.supervised:
+                    self.backend.alive()
+                    with self.backend.compute():
+                        loss = self.job.objective.loss(self.job.model, layout, total)
+                    self.backend.backward(loss)
+
         for index in range(self.at.step, self.job.total_steps):
-            layouts = batches.layouts(index, budget=self.at.budget, rank=backend.rank, ranks=backend.ranks)
-            (total,) = backend.sum(self.job.objective.units(layouts))
-            try:
-                for layout in layouts:
-                    if layout.supervised:
-                        with backend.compute():
-                            loss = self.job.objective.loss(self.job.model, layout, total)
-                        backend.backward(loss)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise FitoutError(
-                    "memory ran out while gradients were computed to choose what is trained",
-                    harm="The choice would rest on a part of the samples.",
-                    hint=f"Set train.micro_batch_tokens below {self.at.budget}, or choose without gradients.",
-                ) from error
-            backend.sum_gradients(p for p in self.job.model.parameters() if p.requires_grad)
+            self._in_memory(self._layouts(index), backward)
+            self.backend.sum_gradients(p for p in self.job.model.parameters() if p.requires_grad)
             yield
 
     # one step
@@ -211,11 +209,13 @@ class _Run:
         profile = self.job.profile
         with profile.step(self.job.model, self.job.total_steps - index) if profile else nullcontext():
             start = time.perf_counter()
-            result = self._step_with_memory(index)
+            result = self._in_memory(self._layouts(index), lambda layouts: self._train(index, layouts))
             seconds = time.perf_counter() - start
             if profile:
                 profile.saw(result, seconds, self.recomputed, self.backend.ranks)
-        self.finite.saw(result.finite, index + 1, self._origins(index))
+        culprits = [] if result.finite else self._culprits(index, result.loss)
+        if self.finite.too_many(result.finite, searching=self.backend.scales_loss and math.isfinite(result.loss)):
+            self._give_up_on_numbers(index, culprits)
         self.at.step += 1
         self.job.method.after_step(self.job.model, self.optimizer, self.at.step, self.job.total_steps, self._gradients)
         self.at.tokens += result.tokens
@@ -225,10 +225,10 @@ class _Run:
         self.at.padding += result.padding
         self.at.recomputed += self.recomputed * result.tokens
         self.at.last_loss = result.loss
-        epoch, within = self.job.batches.epoch_of(index)
         if not result.finite:
             self.at.skipped += 1
-            self._tell("skipped", reason="gradients are not finite", rows=self._origins(index))
+            self._tell("skipped", reason="gradients are not finite", rows=culprits)
+        epoch, within = self.job.batches.epoch_of(index)
         self._log(
             step=self.at.step,
             epoch=round(epoch + (within + 1) / self.job.batches.steps_in_epoch(epoch), 4),
@@ -243,47 +243,63 @@ class _Run:
         if profile and (report := profile.take()):
             self._tell("profiled", **report)
 
-    def _layouts(self, index: int) -> list[Layout]:
-        """What a step computes; how long that was waited for is counted."""
-        start = time.perf_counter()
-        with part(DATA):
-            layouts = self.ahead.get(index, self.at.budget)
-        self.at.waited += time.perf_counter() - start
-        return layouts
+    def _train(self, index: int, layouts: list[Layout]) -> StepResult:
+        torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
+        return train_step(
+            self.job.model,
+            self.job.objective,
+            layouts,
+            list(self.parameters.values()),
+            self.optimizer,
+            self.backend,
+            self.job.settings.clip,
+            self._between,
+        )
+
+    def _layouts(self, index: int) -> Callable[[], list[Layout]]:
+        """This rank's micro-batches of a step, under the budget at the time they are asked for; how long that was
+        waited for is counted."""
+
+        def timed() -> list[Layout]:
+            start = time.perf_counter()
+            with part(DATA):
+                layouts = self.ahead.get(index, self.at.budget)
+            self.at.waited += time.perf_counter() - start
+            return layouts
+
+        return timed
 
     def _make_layouts(self, index: int, budget: int) -> list[Layout]:
         return self.job.batches.layouts(index, budget=budget, rank=self.backend.rank, ranks=self.backend.ranks)
 
-    def _step_with_memory(self, index: int) -> StepResult:
-        """The step; when memory runs out, the same step again in smaller micro-batches."""
-        while True:
-            torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
-            layouts = self._layouts(index)
-            try:
-                return train_step(
-                    self.job.model,
-                    self.job.objective,
-                    layouts,
-                    list(self.parameters.values()),
-                    self.optimizer,
-                    self.backend,
-                    self.job.settings.clip,
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.backend.ranks > 1:
-                    raise
-                self.optimizer.zero_grad(set_to_none=True)
-                self._need_less_memory(max(layout.tokens for layout in layouts), error)
+    def _layouts_of(self, rows_of: Part, rows: np.ndarray) -> Callable[[], list[Layout]]:
+        backend, how = self.backend, {"packing": self.job.batches.packing, "share": self.job.batches.share}
+        return lambda: layouts_of(rows_of, rows, self.at.budget, backend.rank, backend.ranks, **how)
 
-    def _need_less_memory(self, largest: int, error: BaseException) -> None:
+    # memory
+
+    def _in_memory(self, layouts_now: Callable[[], list[Layout]], compute: Callable[[list[Layout]], T]) -> T:
+        """What `compute` makes of the layouts; when memory runs out, of smaller ones of the same samples."""
+        while True:
+            layouts = layouts_now()
+            try:
+                return compute(layouts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self._shares_steps:
+                    raise  # the error goes before anything else is tried: its traceback holds the activations
+            self.job.model.zero_grad(set_to_none=True)
+            give_back(self.backend.device)
+            self._need_less_memory(layouts)
+
+    def _need_less_memory(self, layouts: list[Layout]) -> None:
         """Halves the micro-batch; when each is one sample, recomputes activations; else gives up with advice."""
-        longest = int(self.job.batches.part.lengths.max())
-        if self.backend.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if largest > longest:
-            self.at.budget = max(longest, min(self.at.budget, largest) // 2)
-            self._tell("oom", micro_batch_tokens=self.at.budget)
-        elif self.job.settings.gradient_checkpointing == "auto" and not self.recomputed:
+        largest = max(layout.tokens for layout in layouts)
+        longest = max(_longest_sample(layout) for layout in layouts)
+        smaller = max(longest, min(self.at.budget, largest) // 2)
+        if smaller < min(self.at.budget, largest):
+            self.at.budget = smaller
+            self._tell("oom", micro_batch_tokens=smaller)
+        elif self.job.model.training and self.job.settings.gradient_checkpointing == "auto" and not self.recomputed:
             self._recompute_activations()
             self._tell("oom", gradient_checkpointing=True)
         else:
@@ -291,15 +307,68 @@ class _Run:
                 f"memory ran out on a single sample of {longest} tokens",
                 harm="The last checkpoint is complete; nothing after it was kept.",
                 hint="Lower data.max_length, take method: {kind: lora}, or a smaller base model.",
-            ) from error
+            )
 
     def _recompute_activations(self) -> None:
         self.recomputed = 1.0
         self.job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def _origins(self, index: int) -> list[str]:
+    # numbers that are not finite
+
+    def _culprits(self, index: int, loss: float) -> list[str]:
+        """The samples of a step whose own loss or gradients are not finite; all when each alone has finite ones.
+
+        Only the loss is looked at where gradients are scaled (fp16): there they overflow while the scale is sought.
+        """
+        if self._shares_steps or (self.backend.scales_loss and math.isfinite(loss)):
+            return self._origins(self.job.batches.rows(index))
+        batches, found = self.job.batches, []
+        rows = batches.rows(index)
+        for group in dict.fromkeys(batches.part.groups[rows].tolist()):
+            mine = rows[batches.part.groups[rows] == group]
+            try:
+                if not self._finite_alone(index, mine):
+                    found.append(mine)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        self.job.model.zero_grad(set_to_none=True)
+        return self._origins(np.concatenate(found) if found else rows)
+
+    def _finite_alone(self, index: int, rows: np.ndarray) -> bool:
+        """Whether loss and gradients of some rows by themselves are finite."""
+        batches, finite = self.job.batches, True
+        layouts = layouts_of(batches.part, rows, self.at.budget, packing=batches.packing, share=batches.share)
+        total = self.job.objective.units(layouts)
+        torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
+        for layout in layouts:
+            self._between()
+            if layout.supervised == 0:
+                continue
+            loss = self.backend.loss(self.job.model, self.job.objective, layout, total)
+            finite = finite and math.isfinite(float(loss.detach()))
+            if finite and not self.backend.scales_loss:
+                self.backend.backward(loss)
+        finite = finite and all(bool(p.grad.isfinite().all()) for p in self.parameters.values() if p.grad is not None)
+        self.job.model.zero_grad(set_to_none=True)
+        return finite
+
+    def _give_up_on_numbers(self, index: int, culprits: list[str]) -> None:
+        """Ends the run before a step whose numbers are not finite, with a checkpoint of what was before it."""
+        self.save()
+        in_a_row = self.finite.in_a_row
+        raise FitoutError(
+            f"{in_a_row} steps in a row had no finite gradients (the last at step {index + 1})"
+            if in_a_row > 1
+            else f"step {index + 1} has no finite gradients, and train.on_nonfinite is stop",
+            harm="The weights were left as they were before the first of them; a checkpoint is saved.",
+            hint="Look at its rows, lower train.lr or set train.precision: fp32; the last step's rows: "
+            + ", ".join(culprits[:NAMED]),
+        )
+
+    def _origins(self, rows: np.ndarray) -> list[str]:
         part = self.job.batches.part
-        return [str(part.origin(int(row))) for row in self.job.batches.rows(index)[:8]]
+        return [str(part.origin(int(row))) for row in rows[:NAMED]]
 
     # evaluation
 
@@ -315,10 +384,10 @@ class _Run:
         if part is None or len(part) == 0:
             return
         loss, by_task = self._validation_loss(part)
-        at.validation.append([at.step, loss])
+        at.validation.append([at.step, loss if math.isfinite(loss) else None])
         if at.step == 0:
-            at.base_loss = loss
-        elif at.best_loss is None or loss < at.best_loss:
+            at.base_loss = loss if math.isfinite(loss) else None
+        elif math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss):
             at.best_loss, at.best_step, at.worse = loss, at.step, 0
             self._tell("evaluated", validation_loss=loss, best=True, **by_task)
             self.save()
@@ -330,22 +399,16 @@ class _Run:
 
     def _validation_loss(self, part: Part) -> tuple[float, dict[str, Any]]:
         """The loss over a part; and, where its rows have tasks, each task's own loss and its share of the whole."""
-        backend, objective = self.backend, self.job.objective
         groups = part.tasks or {"": np.arange(len(part))}
         sums: dict[str, tuple[float, float]] = {}
-        for name, rows in groups.items():
-            layouts = layouts_of(
-                part,
-                rows,
-                self.at.budget,
-                backend.rank,
-                backend.ranks,
-                packing=self.job.batches.packing,
-                share=self.job.batches.share,
-            )
-            (units,) = backend.sum(objective.units(layouts))
-            loss = mean_loss(self.job.model, objective, layouts, backend)
-            sums[name] = (loss * units if units else 0.0, units)
+        training = self.job.model.training
+        self.job.model.eval()  # while memory is looked for, too: activations are not recomputed here
+        try:
+            for name, rows in groups.items():
+                loss, units = self._in_memory(self._layouts_of(part, rows), self._mean_loss)
+                sums[name] = (loss * units if units else 0.0, units)
+        finally:
+            self.job.model.train(training)
         whole, units = (sum(values) for values in zip(*sums.values(), strict=True))
         if not part.tasks:
             return loss, {}
@@ -356,6 +419,15 @@ class _Run:
         }
         return (whole / units if units else float("nan")), {"by_task": by_task}
 
+    def _mean_loss(self, layouts: list[Layout]) -> tuple[float, float]:
+        """The loss over the layouts of all ranks, and their units."""
+        (units,) = self.backend.sum(self.job.objective.units(layouts))
+        return mean_loss(self.job.model, self.job.objective, layouts, self.backend, self._between), units
+
+    def _evaluated(self) -> bool:
+        """Whether the validation of this step has been done (always so where there is nothing to validate on)."""
+        return not self.job.validation or any(step == self.at.step for step, _ in self.at.validation)
+
     # saving
 
     def save_due(self) -> bool:
@@ -364,6 +436,7 @@ class _Run:
     def save(self) -> None:
         if self.saved_step == self.at.step:
             return
+        self.backend.alive()
         weights, moments = self._weights(), self.backend.moments(self.optimizer, self.parameters)
         if self.backend.main:
             self.checkpoints.save(
@@ -388,6 +461,31 @@ class _Run:
             self._put_back(self.checkpoints.at(best).weights())
         self._tell("finished", best_step=self.at.best_step, stopped_early=self.at.stopped_early)
 
+    # leaving
+
+    def _between(self) -> None:
+        """Called between micro-batches. One rank alone can leave there; several leave together, between steps."""
+        if not self._shares_steps:
+            self.stop.check()
+
+    @property
+    def _shares_steps(self) -> bool:
+        """Whether a micro-batch cannot be given up here alone, because others compute it as well or an engine does."""
+        return self.backend.ranks > 1 or self.backend.joins
+
+    def leave_when_asked(self) -> None:
+        """Ends the run, on all ranks, when one of them was asked to stop."""
+        if self.backend.any(self.stop.name is not None):
+            self.leave()
+
+    def leave(self) -> None:
+        self.save()
+        raise Stopped(
+            f"stopped by {self.stop.name or 'another rank'} after step {self.at.step} of {self.job.total_steps}; "
+            "a checkpoint is saved",
+            hint="Go on with the same command (for `fitout train` add --resume).",
+        )
+
     # telling
 
     def _log(self, **row: Any) -> None:
@@ -396,6 +494,14 @@ class _Run:
 
     def _tell(self, event: str, **facts: Any) -> None:
         self._log(event=event, step=self.at.step, **facts)
+
+
+def _longest_sample(layout: Layout) -> int:
+    """Tokens of the longest document of a layout: what no budget can divide."""
+    longest = [0] * len(layout.segments)
+    for at, segment in enumerate(layout.segments):
+        longest[at] = segment.length + (longest[segment.parent] if segment.parent >= 0 else 0)
+    return max(longest)
 
 
 def _first_budget(settings: TrainSettings, backend: Backend) -> int:

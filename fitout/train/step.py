@@ -6,13 +6,15 @@ micro-batches is the step of one batch, whatever their lengths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..errors import FitoutError
 from ..layout import Layout
+from ..model.memory import is_out_of_memory
 from ..model.parts import OPTIMIZER, part
 from ..objectives.base import Objective, padding
 from .backend import Backend
@@ -39,8 +41,12 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     backend: Backend,
     clip: float | None,
+    between: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Forward and backward of every micro-batch, one sum over the ranks, clip, update."""
+    """Forward and backward of every micro-batch, one sum over the ranks, clip, update.
+
+    `between` is called before each micro-batch; what it raises ends the step with the weights untouched.
+    """
     with backend.compute():
         filling = sum(padding(model, x) for x in layouts)
     total, tokens, supervised, pairs, filled = backend.sum(
@@ -52,6 +58,7 @@ def train_step(
     )
     summed = torch.zeros((), dtype=torch.float64, device=backend.device)  # read once, when all is computed
     for index, layout in enumerate(layouts):
+        between()
         if layout.supervised == 0 and not backend.joins:
             continue
         loss = backend.loss(model, objective, layout, total)
@@ -62,19 +69,41 @@ def train_step(
         norm = backend.clip(optimizer, parameters, clip)
         (loss_sum,) = backend.sum(float(summed))
         finite = norm == norm and norm != float("inf") and loss_sum == loss_sum
-        backend.update(optimizer, finite=finite)
+        _update(optimizer, backend, finite)
         optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_sum, norm, finite, *map(int, (tokens, supervised, pairs, filled)))
 
 
+def _update(optimizer: torch.optim.Optimizer, backend: Backend, finite: bool) -> None:
+    """The update. When memory runs out in it some weights may have moved and others not, so it cannot be repeated."""
+    try:
+        backend.update(optimizer, finite=finite)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FitoutError(
+            "memory ran out in the optimizer's update",
+            harm="Some weights may have moved and others not; nothing after the last checkpoint was kept.",
+            hint="Smaller micro-batches do not help here: take method: {kind: lora}, train.optimizer: "
+            "paged_adamw_8bit, or a smaller base model.",
+        ) from error
+
+
 @torch.no_grad()
-def mean_loss(model: nn.Module, objective: Objective, layouts: Sequence[Layout], backend: Backend) -> float:
-    """The objective's loss over all ranks' layouts, weights untouched, dropout off."""
+def mean_loss(
+    model: nn.Module,
+    objective: Objective,
+    layouts: Sequence[Layout],
+    backend: Backend,
+    between: Callable[[], None] = lambda: None,
+) -> float:
+    """The objective's loss over all ranks' layouts, weights untouched, dropout off; `between` as in `train_step`."""
     training = model.training
     model.eval()
     try:
         summed = torch.zeros((), dtype=torch.float64, device=backend.device)
         for layout in layouts:
+            between()
             if layout.supervised or backend.joins:
                 summed += backend.loss(model, objective, layout, 1.0)
         loss_sum, total = backend.sum(float(summed), objective.units(layouts))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ import yaml
 from .. import __version__
 from ..config import Recipe, build
 from ..errors import FitoutError, RequestError, RunExistsError, Stopped
-from ..files import remove_leftovers, write_text
+from ..files import explain_full_disk, remove_leftovers, write_text
 from ..model import EMBEDDED
 from ..rundir import RunDir
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 FREE_TO_CHANGE = {  # keys that do not change what has been trained so far; a run may go on with others
     "train": ("epochs", "max_steps", "save_every", "evaluate_every", "keep", "keep_last", "patience", "listeners",
-              "micro_batch_tokens", "gradient_checkpointing", "parallel", "offload", "hang_after"),
+              "micro_batch_tokens", "gradient_checkpointing", "parallel", "offload", "on_nonfinite", "hang_after"),
     "evaluate": None,
     "export": None,
 }  # fmt: skip
@@ -61,10 +63,36 @@ def recipe_of(directory: RunDir) -> Recipe:
 @contextmanager
 def working(directory: RunDir, recipe: Recipe, screen: Screen) -> Iterator[None]:
     """Owns the directory, records what is asked and how it ended."""
-    import_libraries()
-    if not main_process():  # ranks other than the first read what the first one writes
+    with _stoppable(directory), explain_full_disk(directory.path):
+        import_libraries()
+        if not main_process():  # ranks other than the first read what the first one writes
+            yield
+            return
+        with _owned(directory, recipe, screen):
+            yield
+
+
+@contextmanager
+def _stoppable(directory: RunDir) -> Iterator[None]:
+    """SIGTERM and SIGINT end the verb with exit code 3, whatever it is doing. (The training loop takes them over while
+    it runs, to save a checkpoint first.)"""
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if ours else None
+    try:
         yield
-        return
+    except KeyboardInterrupt:
+        raise Stopped(
+            "stopped on request",
+            where=str(directory.path),
+            hint="What was complete is kept; go on with the same command (for `fitout train` add --resume).",
+        ) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _owned(directory: RunDir, recipe: Recipe, screen: Screen) -> Iterator[None]:
     with directory.owned():
         _agree(directory, recipe)
         left = remove_leftovers(directory.path) + (
@@ -78,7 +106,9 @@ def working(directory: RunDir, recipe: Recipe, screen: Screen) -> Iterator[None]
             yield
         except BaseException as error:
             ended = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-            directory.update_status(status=ended, error=str(error) if isinstance(error, FitoutError) else repr(error))
+            with suppress(FitoutError, OSError):  # what ended the work matters more than that this cannot be written
+                said = str(error) if isinstance(error, FitoutError) else repr(error)
+                directory.update_status(status=ended, error=said)
             raise
         status = directory.read_status()
         if status["status"] == "running":

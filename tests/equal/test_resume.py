@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from fitout.errors import CheckError, Stopped
 from fitout.files import read_json, read_jsonl
 from fitout.model.methods import LoraSettings
+from fitout.objectives import OBJECTIVES, create
 
 from .small import (
     METHODS_UNDER_TEST,
@@ -69,24 +71,85 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def make_job(folder, kind, **more):
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+    """What a power loss takes is tested elsewhere; here a thousand checkpoints are written."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def make_job(folder, kind, *, objective=None, **more):
+    """Two epochs of 7 steps: shuffled, dropout on, packed with shared prefixes, in micro-batches of about a third of a
+    step, with a schedule, validations and moments."""
     settings = KINDS[kind]
     if "dropout" in type(settings).model_fields:
         settings = settings.model_copy(update={"dropout": 0.1})
     model, method = adapted(settings, **({"dropout": 0.1} if kind == "full" else {}))
     if kind in OPTIMIZERS:
         more = {"optimizer": OPTIMIZERS[kind], **more}
-    settings = {"save_every": 4, "evaluate_every": 3, "schedule": "cosine", "warmup": 3, "weight_decay": 0.01}
-    return job_of(
+    settings = {
+        "save_every": 4, "evaluate_every": 3, "schedule": "cosine", "warmup": 3, "weight_decay": 0.01,
+        "micro_batch_tokens": 64,
+    }  # fmt: skip
+    job = job_of(
         folder,
         model,
-        random_part(folder, 26),
+        random_part(folder, 26, prefix=20),
         total=TOTAL,
-        lr=3e-3,
+        lr=more.pop("lr", 3e-3),
         method=method,
         validation=random_part(folder, 6, seed=9, name="validation"),
         **{**settings, **more},
     )
+    if objective:
+        object.__setattr__(job, "objective", create(objective))
+    return job
+
+
+def test_the_job_is_what_it_says(tmp_path):
+    job = make_job(tmp_path, "lora")
+    steps = [job.batches.layouts(step, budget=64) for step in range(TOTAL)]
+    assert sum(len(layouts) >= 3 for layouts in steps) >= TOTAL - 4  # the last of an epoch has two samples
+    assert sum(any(s.parent >= 0 for x in layouts for s in x.segments) for layouts in steps) >= TOTAL // 2
+    assert job.batches.epoch_of(TOTAL) == (2, 0)
+    assert not np.array_equal(job.batches.rows(0), job.batches.rows(7))
+
+
+class Seen:
+    """An objective that notes which samples each step trained; of steps made again after a crash only the last time."""
+
+    def __init__(self, notes):
+        self.notes, self.step = notes, 1
+
+    def over(self, job):
+        self.objective = job.objective
+        object.__setattr__(job, "objective", self)
+        return self
+
+    def units(self, layouts):
+        return self.objective.units(layouts)
+
+    def loss(self, model, layout, total):
+        if model.training:
+            self.notes.setdefault(self.step, []).extend(np.unique(layout.target_sample).tolist())
+        return self.objective.loss(model, layout, total)
+
+    def start(self, info):
+        self.step = info["from_step"] + 1
+        for step in [step for step in self.notes if step > info["from_step"]]:
+            del self.notes[step]
+
+    def row(self, row):
+        if "event" not in row:
+            self.step = row["step"] + 1
+
+    def close(self):
+        self.notes.pop(self.step, None)  # of a step that was given up nothing is kept
+
+
+def assert_each_once_an_epoch(notes, rows=26, steps=7):
+    for epoch in range(TOTAL // steps):
+        seen = [row for step in range(epoch * steps, (epoch + 1) * steps) for row in notes[step + 1]]
+        assert sorted(seen) == list(range(rows)), epoch
 
 
 def outcome(job, progress):
@@ -101,27 +164,109 @@ def assert_same(got, want):
     assert all(torch.equal(got[2][name], want[2][name]) for name in want[2])
 
 
-@pytest.mark.parametrize(
-    ("kind", "keep"), [*((kind, "best") for kind in ("lora", "full", "sparse")), *((kind, "last") for kind in KINDS)]
-)
-def test_stopped_or_crashed_and_resumed_equals_uninterrupted(tmp_path, kind, keep):
-    job = make_job(tmp_path / "whole", kind, keep=keep)
+def assert_resumes_everywhere(tmp_path, kind, **how):
+    """Stopped after every single step, and crashed at odd ones: each time the run that nobody disturbed."""
+    job = make_job(tmp_path / "whole", kind, **how)
     want = outcome(job, train(job))
-    assert [step for step, _ in want[0]] == list(range(1, TOTAL + 1))
+    steps = want[1]["step"]
+    assert [step for step, _ in want[0]] == list(range(1, steps + 1))
+
+    notes = {}
+    for step in range(1, steps):
+        job = make_job(tmp_path / "stopped", kind, **how)
+        seen = Seen(notes).over(job)
+        with pytest.raises(Stopped, match=f"SIGTERM after step {step} of 14"):
+            train(job, seen, AtStep(step, terminate), resume=step > 1)
+        assert read_json(job.run.checkpoints / f"step-{step}" / "state.json")["progress"]["step"] == step
+    job = make_job(tmp_path / "stopped", kind, **how)
+    seen = Seen(notes).over(job)
+    assert_same(outcome(job, train(job, seen, resume=True)), want)
+    assert [e["step"] for e in events(job.run.log, "resumed")] == list(range(1, steps))
+    if steps == TOTAL:
+        assert_each_once_an_epoch(notes)
+
+    notes = {}
+    for step in (2, 7, 7, 11):  # the newest checkpoint is an older one: later rows of the log are made again
+        job = make_job(tmp_path / "crashed", kind, **how)
+        seen = Seen(notes).over(job)
+        if step < steps:
+            with pytest.raises(Crash):
+                train(job, seen, AtStep(step, crash), resume=True)
+            assert losses(job.run.log)[-1][0] == step
+    job = make_job(tmp_path / "crashed", kind, **how)
+    seen = Seen(notes).over(job)
+    assert_same(outcome(job, train(job, seen, resume=True)), want)
+    if steps == TOTAL:
+        assert_each_once_an_epoch(notes)
+    return want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_at_every_step_equals_uninterrupted(tmp_path, kind):
+    want = assert_resumes_everywhere(tmp_path, kind, keep="last")
     assert [step for step, _ in want[1]["validation"]] == [0, 3, 6, 9, 12, 14]
 
-    folder = tmp_path / "stopped"
-    job = make_job(folder, kind, keep=keep)
-    with pytest.raises(Stopped, match="SIGTERM after step 5 of 14"):
-        train(job, AtStep(5, terminate))
-    assert read_json(job.run.checkpoints / "step-5" / "state.json")["progress"]["step"] == 5
-    job = make_job(folder, kind, keep=keep)
-    with pytest.raises(Crash):  # the newest checkpoint is of step 8 or a best one: later rows of the log are made again
-        train(job, AtStep(11, crash), resume=True)
-    assert losses(job.run.log)[-1][0] == 11
-    job = make_job(folder, kind, keep=keep)
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda settings: settings.model_fields["kind"].default)
+def test_and_for_every_objective(tmp_path, objective):
+    assert_resumes_everywhere(tmp_path, "lora", keep="best", objective=objective())
+
+
+@pytest.mark.parametrize("kind", ["full", "sparse"])
+def test_and_with_early_stopping_and_the_best_kept(tmp_path, kind):
+    """Random targets: the validation loss soon rises."""
+    want = assert_resumes_everywhere(tmp_path, kind, keep="best", patience=2, lr=3e-2, evaluate_every=2)
+    assert want[1]["stopped_early"] and 4 < want[1]["step"] < TOTAL and want[1]["best_step"] < want[1]["step"]
+
+
+class Asks:
+    """An objective in whose call number `at` the process is asked to stop."""
+
+    def __init__(self, objective, at, *, training):
+        self.objective, self.at, self.training, self.calls = objective, at, training, 0
+
+    def units(self, layouts):
+        return self.objective.units(layouts)
+
+    def loss(self, model, layout, total):
+        if model.training == self.training:
+            self.calls += 1
+            if self.calls == self.at:
+                terminate()
+        return self.objective.loss(model, layout, total)
+
+
+@pytest.mark.parametrize(
+    ("training", "calls", "done"),
+    [
+        (True, [1, 5, 9, 11, 3], None),  # in the first, second, ... micro-batch of steps here and there
+        (False, [1, 2, 7, 3], [0, 0, 9, 12]),  # in the validation before step 1, again there, after 9, after 12
+    ],
+)
+def test_stopped_within_a_step_or_a_validation(tmp_path, training, calls, done):
+    """What was being computed is given up; the checkpoint is of the last whole step, and a validation is done again."""
+    job = make_job(tmp_path / "whole", "lora", keep="best")
+    want = outcome(job, train(job))
+    saved = []
+    for at in calls:
+        job = make_job(tmp_path / "stopped", "lora", keep="best")
+        object.__setattr__(job, "objective", Asks(job.objective, at, training=training))
+        with pytest.raises(Stopped, match="a checkpoint is saved"):
+            train(job, resume=True)
+        saved.append(int((job.run.checkpoints / "LATEST").read_text().removeprefix("step-")))
+        assert saved[-1] == (losses(job.run.log) or [(0, 0)])[-1][0]
+    assert saved == sorted(saved) and (done is None or saved == done)
+    job = make_job(tmp_path / "stopped", "lora", keep="best")
     assert_same(outcome(job, train(job, resume=True)), want)
-    assert [e["step"] for e in events(job.run.log, "resumed")] == [5, events(job.run.log, "resumed")[1]["step"]]
+
+
+def test_stopped_after_the_last_step_does_not_go_on(tmp_path):
+    """Asked while the last checkpoint is written: it is finished, and nothing after it begins."""
+    job = make_job(tmp_path, "lora", keep="last", evaluate_every=100)
+    with pytest.raises(Stopped, match="after step 14 of 14"):
+        train(job, AtStep(TOTAL, terminate))
+    job = make_job(tmp_path, "lora", keep="last", evaluate_every=100)
+    assert train(job, resume=True).step == TOTAL
 
 
 def test_dropout_is_really_there(tmp_path):

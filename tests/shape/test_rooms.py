@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "errors": 0,
     "files": 1,
+    "lock": 1,
     "rundir": 2,
     "layout": 2,
     "demo": 2,  # its door: paths and probes; what made the shell runs as a script of its own

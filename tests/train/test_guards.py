@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from fitout.errors import FitoutError
 from fitout.files import read_jsonl
+from fitout.model.memory import is_out_of_memory
 from fitout.train import TrainSettings, loop
-from fitout.train.guard import is_out_of_memory
 from fitout.train.optim import learning_rate, make_optimizer
 from tests.conftest import tiny_llama
 from tests.equal.small import events, job_of, losses, random_part, train, trained_tensors
@@ -94,62 +95,131 @@ def test_recomputed_activations_give_the_same_training(tmp_path):
 
 
 class Spoiled:
-    """An objective whose loss is not finite at some calls."""
+    """An objective whose loss is not finite for some layouts."""
 
-    def __init__(self, objective, calls, value):
-        self.objective, self.calls, self.value, self.seen = objective, calls, value, 0
+    def __init__(self, objective, when, value):
+        self.objective, self.when, self.value = objective, when, value
 
     def units(self, layouts):
         return self.objective.units(layouts)
 
     def loss(self, model, layout, total):
-        self.seen += 1
         loss = self.objective.loss(model, layout, total)
-        return loss * self.value if self.seen in self.calls else loss
+        return loss * self.value if self.when(layout) else loss
 
 
-def spoil(job, calls, value):
-    object.__setattr__(job, "objective", Spoiled(job.objective, calls, value))
+class Clock:
+    """The number of the step that is being computed; and what the weights were after each."""
+
+    def __init__(self, job):
+        self.step, self.weights, self.job = 1, {}, job
+
+    def start(self, info):
+        self.step = info["from_step"] + 1
+
+    def row(self, row):
+        if "event" not in row:
+            self.step = row["step"] + 1
+            self.weights[row["step"]] = trained_tensors(self.job.model)
+
+    def close(self):
+        pass
+
+
+def spoil(job, steps, value=float("nan")):
+    """Has the loss not be finite in some steps; returns the clock that must listen."""
+    clock = Clock(job)
+    object.__setattr__(job, "objective", Spoiled(job.objective, lambda layout: clock.step in steps, value))
+    return clock
+
+
+def spoil_rows(job, rows, value=float("nan")):
+    when = lambda layout: bool(np.isin(layout.target_sample, rows).any())  # noqa: E731
+    object.__setattr__(job, "objective", Spoiled(job.objective, when, value))
     return job
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_without_finite_gradients_is_skipped(tmp_path, value):
-    job = spoil(make_job(tmp_path, total=3), {2}, value)
-    seen = []
-
-    class Weights:
-        def start(self, info):
-            pass
-
-        def row(self, row):
-            if "event" not in row:
-                seen.append(trained_tensors(job.model))
-
-        def close(self):
-            pass
-
-    progress = train(job, Weights())
+    job = make_job(tmp_path, total=3)
+    clock = spoil(job, {2}, value)
+    progress = train(job, clock)
+    seen = clock.weights
     assert progress.skipped == 1 and progress.step == 3
     [skipped] = events(job.run.log, "skipped")
-    assert skipped["step"] == 2 and skipped["rows"]
-    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
-    assert not all(torch.equal(seen[1][name], seen[2][name]) for name in seen[0])
-    assert all(torch.isfinite(t).all() for t in seen[2].values())
+    assert skipped["step"] == 2 and len(skipped["rows"]) == 8
+    assert all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
+    assert not all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
+    assert all(torch.isfinite(t).all() for t in seen[3].values())
     assert [row["loss"] is None for row in read_jsonl(job.run.log) if "event" not in row] == [False, True, False]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_rows_that_are_not_finite_are_named_and_no_others(tmp_path, packing):
+    """Two bad rows among the eight of a step, packed with good ones; the log names these two by file and line."""
+    job = make_job(tmp_path, total=6, packing=packing)
+    bad = job.batches.rows(1)[[2, 5]]
+    train(spoil_rows(job, bad))
+    told = events(job.run.log, "skipped")
+    assert [row["step"] for row in told] == [2, *(row["step"] for row in told[1:])] and len(told) >= 2  # once an epoch
+    assert told[0]["rows"] == [str(job.batches.part.origin(int(row))) for row in bad]
+    named = {row for event in told for row in event["rows"]}
+    assert named == set(told[0]["rows"])
+
+
+def test_looking_for_the_rows_changes_no_later_step(tmp_path):
+    """Dropout on: the same losses whether the rows of a skipped step were looked for or not."""
+    ran = []
+    for name, looked in (("looked", True), ("not", False)):
+        job = make_job(tmp_path / name, total=4)
+        clock = spoil(job, {2})
+        with pytest.MonkeyPatch.context() as patch:
+            if not looked:
+                patch.setattr(loop._Run, "_culprits", lambda *_: [])
+            train(job, clock)
+        ran.append((losses(job.run.log)[2:], trained_tensors(job.model)))
+    assert ran[0][0] == ran[1][0]
+    assert all(torch.equal(ran[0][1][name], ran[1][1][name]) for name in ran[0][1])
+
+
 def test_ten_such_steps_in_a_row_end_the_run(tmp_path):
-    job = spoil(make_job(tmp_path, total=40), set(range(12, 100)), float("nan"))
+    job = make_job(tmp_path, total=40)
+    clock = spoil(job, range(12, 100))
     with pytest.raises(FitoutError, match="10 steps in a row") as error:
-        train(job)
+        train(job, clock)
     assert error.value.exit_code == 1 and "train.lr" in error.value.hint and "rows:" in error.value.hint
     assert len(losses(job.run.log)) == 11 + 9
 
 
 def test_nine_in_a_row_do_not(tmp_path):
-    job = spoil(make_job(tmp_path, total=25), set(range(2, 11)) | set(range(12, 21)), float("nan"))
-    assert train(job).skipped == 18
+    job = make_job(tmp_path, total=25)
+    assert train(job, spoil(job, {*range(2, 11), *range(12, 21)})).skipped == 18
+
+
+def test_stop_at_the_first_such_step_by_policy(tmp_path):
+    """on_nonfinite: stop. What was before it is in a checkpoint; mended, the run goes on to what it would have been."""
+    job = make_job(tmp_path / "well", total=3)
+    train(job)
+    want = losses(job.run.log), trained_tensors(job.model)
+    job = make_job(tmp_path / "bad", total=3, on_nonfinite="stop")
+    bad = job.batches.rows(2)[:1]
+    with pytest.raises(FitoutError, match="step 3 has no finite gradients, and train.on_nonfinite is stop") as error:
+        train(spoil_rows(job, bad))
+    assert error.value.exit_code == 1 and error.value.hint.endswith(f"rows: {job.batches.part.origin(int(bad[0]))}")
+    assert [row["path"] for row in events(job.run.log, "saved")] == ["step-2"]
+    job = make_job(tmp_path / "bad", total=3)
+    train(job, resume=True)
+    assert losses(job.run.log) == want[0]
+    assert all(torch.equal(t, want[1][name]) for name, t in trained_tensors(job.model).items())
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path, monkeypatch):
+    scripted(monkeypatch, [3.0, float("nan"), 2.0, float("inf"), 1.5, 1.6])
+    job = make_job(tmp_path, total=10, evaluate_every=2)
+    object.__setattr__(job, "validation", job.batches.part)
+    progress = train(job)
+    assert (progress.best_loss, progress.best_step) == (1.5, 8)
+    assert progress.validation == [[0, 3.0], [2, None], [4, 2.0], [6, None], [8, 1.5], [10, 1.6]]
 
 
 SCHEDULES = [

@@ -1,0 +1,188 @@
+"""Chat templates are code of whoever made the model: they are rendered in a process of its own, under limits.
+
+The rendering itself is transformers' (what every engine does with a template), inside jinja2's immutable sandbox: no
+attribute leads out of it. What a sandbox does not bound is time and memory (a loop without end, `'a' * 10**10`, powers
+of powers inside one call into C); the process does: a processor-time limit for each conversation, and a limit on its
+memory. One process serves all templates and all threads of this one, and takes batches, so a
+row costs a few microseconds more than rendering it here. It is started when the first tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import TemplateError, TemplateLimitError
+
+SECONDS = 5  # of processor time for one conversation; usual ones take milliseconds
+MEGABYTES = 512
+CHARACTERS = 50_000_000  # of one rendered string
+PATIENCE = 60  # seconds without any answer; the limits above act much earlier
+WORKER = Path(__file__).with_name("render_worker.py")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A conversation and which strings are wanted of it: each cut is (how many messages, generation prompt or not)."""
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]]
+    cuts: Sequence[tuple[int, bool]]
+
+
+class Renderer:
+    """The process that renders, started when needed and again after a limit ended it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Starts the process without waiting for it."""
+        if self._process is None:
+            limits = map(str, (SECONDS, MEGABYTES, CHARACTERS))
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(WORKER), *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            self._ready = False
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with suppress(OSError):  # what was not sent yet has nobody to go to
+                    pipe.close()  # type: ignore[union-attr]
+            self._process.wait()
+            self._process = None
+
+    def render(self, template: str, variables: dict[str, Any], asks: Sequence[Ask]) -> list[list[str] | TemplateError]:
+        """The strings of each conversation, in the order of its cuts, or why the template does not render it.
+
+        Raises TemplateLimitError, whose `place` is the conversation's, when one goes over a limit.
+        """
+        done: list[list[str] | TemplateError] = []
+        with self._lock:
+            died = False
+            while len(done) < len(asks):
+                before = len(done)
+                try:
+                    self._batch(template, variables, asks[before:], done)
+                except _Died as death:
+                    self.stop()
+                    if death.limit or (died and len(done) == before):
+                        raise _over(death.limit or "its process died twice", len(done)) from None
+                    died = True
+                except BaseException:  # interrupted between frames: what is still in the pipes belongs to nobody
+                    self.stop()
+                    raise
+        return done
+
+    def _batch(self, template: str, variables: dict[str, Any], asks: Sequence[Ask], done: list) -> None:
+        """Sends the conversations and takes the answers as they come."""
+        self.start()
+        if not self._ready:
+            self._receive()
+            self._ready = True
+        request = {
+            "template": template,
+            "variables": variables,
+            "asks": [(list(ask.messages), list(ask.tools) or None, list(ask.cuts)) for ask in asks],
+        }
+        self._send(request)
+        for _ in asks:
+            answer = self._receive()
+            if isinstance(answer, list):
+                first = answer[0]
+                done.append([first[:part] if isinstance(part, int) else part for part in answer])
+            elif "limit" in answer:
+                raise _Died(answer["limit"])
+            else:
+                done.append(TemplateError(answer["error"]))
+
+    def _send(self, value: Any) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        data = json.dumps(value, ensure_ascii=False, default=_inert).encode("utf-8", "surrogatepass")
+        try:
+            self._process.stdin.write(len(data).to_bytes(8, "little") + data)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def _receive(self) -> Any:
+        size = int.from_bytes(self._read(8), "little")
+        return json.loads(self._read(size).decode("utf-8", "surrogatepass"))
+
+    def _read(self, size: int) -> bytes:
+        assert self._process is not None and self._process.stdout is not None
+        handle, parts, left = self._process.stdout.fileno(), [], size
+        with selectors.DefaultSelector() as selector:
+            selector.register(handle, selectors.EVENT_READ)
+            while left:
+                if not selector.select(PATIENCE):
+                    self._process.send_signal(signal.SIGUSR1)  # it writes down where it stands
+                    raise _Died(f"no answer for {PATIENCE} s")
+                part = os.read(handle, min(left, 1 << 20))
+                if not part:
+                    raise self._death()
+                parts.append(part)
+                left -= len(part)
+        return b"".join(parts)
+
+    def _death(self) -> _Died:
+        assert self._process is not None
+        code = self._process.wait()
+        return _Died(f"more than {SECONDS} s of processor time" if code == -signal.SIGPROF else None)
+
+
+class _Died(Exception):
+    """The process has ended, or must; `limit` says which limit that was, None for a death by something else."""
+
+    def __init__(self, limit: str | None):
+        super().__init__(limit)
+        self.limit = limit
+
+
+def _over(limit: str, place: int) -> TemplateLimitError:
+    error = TemplateLimitError(
+        f"the chat template went over a limit: {limit}",
+        harm="It could hold up or exhaust the machine; usual templates need milliseconds.",
+        hint="Look into the template that came with the model, or set chat.template to another one.",
+    )
+    error.place = place
+    return error
+
+
+def _inert(value: Any) -> Any:
+    """What stands for a value that JSON does not know, as in transformers' own rendering: a scalar, or its type."""
+    if hasattr(value, "item"):
+        return value.item()
+    return f"<{type(value).__name__}>"
+
+
+_shared = Renderer()
+
+
+def renderer() -> Renderer:
+    """The one of this process."""
+    return _shared
+
+
+def _fresh() -> None:
+    global _shared
+    _shared = Renderer()
+
+
+atexit.register(_shared.stop)
+os.register_at_fork(after_in_child=_fresh)

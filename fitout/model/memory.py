@@ -1,0 +1,31 @@
+"""Memory that ran out: how it shows, and what can be given back."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+# What a RuntimeError says when memory ran out. Errors of these kinds leave the process as it was before the call.
+SIGNS = (
+    "can't allocate memory",  # torch's allocator on a CPU
+    "not enough memory",  # the same on other systems
+    "out of memory",  # CUDA, HIP, XPU, MPS, outside torch's own allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a memory object",  # oneDNN
+    "bad allocation",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def give_back(device: torch.device) -> None:
+    """Returns what nobody uses any more to the system, before something that failed is tried again."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
