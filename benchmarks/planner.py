@@ -1,13 +1,14 @@
 """How far the planner is off: random models trained through fitout.verbs.train against what was predicted before.
 
-    python -m benchmarks.planner measure --seconds 100     # again until it says that all are measured
-    python -m benchmarks.planner fit --out benchmarks/results/planner-cpu.json
+    python -m benchmarks.planner measure --seed 23 --seconds 100     # again until it says that all are measured
+    python -m benchmarks.planner fit --seed 23                       # the memory's constants, on these measurements
+    python -m benchmarks.planner measure --seed N --seconds 100      # a seed that nothing was looked at with
+    python -m benchmarks.planner score --seed N                      # what the runs said beforehand against measured
 
 Llama shapes from 1 M to 135 M parameters, every method there is, fp32 and bf16, short and long samples, small and
-large micro-batches, in turn for calibration and held out. `fit` fits the machine constants of
-fitout/plan/constants.json on the calibration half only, and scores both halves. Measure on a quiet machine: nothing
-else may compute meanwhile. This process imports no heavy library while it measures: what it holds would count in its
-children's peaks.
+large micro-batches. `score` takes the predictions that each run wrote into its run.json before it began. Measure on a
+quiet machine: nothing else may compute meanwhile. This process imports no heavy library while it measures: what it
+holds would count in its children's peaks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -26,61 +28,63 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "planner"
 CONSTANTS = ROOT / "fitout" / "plan" / "constants.json"
-COUNT, SEED = 56, 11
 QUIET = 0.15  # cores that other processes may keep busy; else the measurement is thrown away
-SECONDS = 9.0  # of computing that a configuration may take, guessed from its FLOPs
+SECONDS = 10.0  # of computing that a configuration may take, guessed from its FLOPs
+STEPS = 6
+RATES = {"fp32": 80e9, "bf16": 180e9, "slow bf16": 3e9}  # FLOP/s, for that guess
 METHODS: list[dict[str, Any]] = [
     {"kind": "full"},
+    {"kind": "full", "last_layers": 2},
     {"kind": "lora", "rank": 16},
     {"kind": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]},
-    {"kind": "lora", "rank": 64},
     {"kind": "dora", "rank": 16},
     {"kind": "qlora", "rank": 16},
     {"kind": "adapter", "style": "pfeiffer", "reduction": 8},
     {"kind": "adapter", "style": "houlsby", "reduction": 16},
-    {"kind": "sparse", "density": 0.01},
+    {"kind": "sparse", "density": 0.01, "select": "gradient"},
+    {"kind": "sparse", "density": 0.05, "select": "random"},
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("measure", "fit"))
+    parser.add_argument("what", choices=("measure", "fit", "score"))
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--count", type=int, default=44, help="configurations")
     parser.add_argument("--seconds", type=float, default=100, help="stop measuring after so long")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "planner-cpu.json")
     asked = parser.parse_args()
+    jobs = grid(asked.seed, asked.count)
     if asked.what == "measure":
-        measure(asked.seconds)
+        measure(jobs, asked.seconds)
+        return
+    from .planner_fit import fit, score
+
+    if asked.what == "fit":
+        fit(jobs, CONSTANTS)
     else:
-        from .planner_fit import fit
-
-        fit(grid(), WORK, CONSTANTS, asked.out)
+        score(jobs, asked.seed, asked.out)
 
 
-def grid() -> list[dict[str, Any]]:
-    """The configurations, the same at every call; every other one of a method and precision is held out."""
-    from fitout.model.methods import METHODS as SETTINGS
-
-    kinds = {settings.model_fields["kind"].default for settings in SETTINGS}
-    methods = [method for method in METHODS if method["kind"] in kinds]
-    rng, seen, jobs = random.Random(SEED), {}, []
-    for number in range(COUNT):
-        method = methods[number % len(methods)]
-        precision = ("fp32", "bf16")[number // len(methods) % 2]
-        turn = seen[method["kind"], precision] = seen.get((method["kind"], precision), -1) + 1
-        jobs.append(_job(number, method, precision, rng) | {"held_out": bool(turn % 2)})
+def grid(seed: int, count: int) -> list[dict[str, Any]]:
+    """The configurations, the same at every call: each method in turn, every third round in bf16."""
+    rng = random.Random(seed)
+    jobs = []
+    for number in range(count):
+        turn, at = divmod(number, len(METHODS))
+        jobs.append(_job(seed, number, METHODS[at], "bf16" if turn % 3 == 1 else "fp32", rng))
     return jobs
 
 
-def _job(number: int, method: dict[str, Any], precision: str, rng: random.Random) -> dict[str, Any]:
-    shape = _shape(rng)
+def _job(seed: int, number: int, method: dict[str, Any], precision: str, rng: random.Random) -> dict[str, Any]:
     words = rng.choice((30, 90, 90, 200))
-    size = parameters(shape)
-    steps = 5
-    most = SECONDS * (120e9 if precision == "fp32" else 180e9) / (6 * size * words * 1.6 * (steps + 1))
-    batch = max(1, min(16, int(most)))
-    folder = WORK / f"{number:03d}"
+    each = 6 * words * 1.6 * (STEPS + 1)  # FLOPs of a row and parameter
+    most = SECONDS * RATES["slow bf16" if precision == "bf16" and not has_bf16() else precision] / each
+    shape = _shape(rng, most)
+    batch = max(1, min(16, int(most / parameters(shape))))
+    folder = WORK / str(seed) / f"{number:03d}"
     train = {
-        "max_steps": steps, "batch_size": batch, "precision": precision, "listeners": [], "save_every": 1000,
+        "max_steps": STEPS, "batch_size": batch, "precision": precision, "listeners": [], "save_every": 1000,
         "micro_batch_tokens": rng.choice(("auto", "auto", 512, 1024, 4096)), "evaluate_every": 1000,
         "gradient_checkpointing": rng.random() < 0.15,
     }  # fmt: skip
@@ -95,14 +99,20 @@ def _job(number: int, method: dict[str, Any], precision: str, rng: random.Random
         "train": train,
     }  # fmt: skip
     return {
-        "number": number, "folder": str(folder), "seed": number, "rows": max(50, batch * (steps + 1)), "words": words,
-        "max_words": 550, "shape": shape, "recipe": recipe,
+        "number": number, "folder": str(folder), "seed": 1000 * seed + number, "rows": max(50, batch * (STEPS + 1)),
+        "words": words, "max_words": 550, "shape": shape, "recipe": recipe,
     }  # fmt: skip
 
 
-def _shape(rng: random.Random) -> dict[str, Any]:
-    """A Llama of a size drawn evenly on a logarithmic scale between 1 and 135 M parameters."""
-    target = math.exp(rng.uniform(math.log(1e6), math.log(135e6)))
+def has_bf16() -> bool:
+    """Whether the processor has products in bf16."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _shape(rng: random.Random, most: float) -> dict[str, Any]:
+    """A Llama of a size drawn evenly on a logarithmic scale between 1 and 135 M parameters (or `most`)."""
+    target = math.exp(rng.uniform(math.log(1e6), math.log(min(135e6, most))))
     best: dict[str, Any] = {}
     for _ in range(300):
         width = 64 * rng.randint(1, 14)
@@ -127,45 +137,45 @@ def parameters(shape: dict[str, Any]) -> int:
     return shape_of({"model_type": "llama", **shape}).parameters
 
 
-def measure(limit: float) -> None:
+def measure(jobs: list[dict[str, Any]], limit: float) -> None:
     """Measures what is not measured yet, until the time is over."""
-    start, jobs = time.monotonic(), grid()
+    start = time.monotonic()
     WORK.mkdir(parents=True, exist_ok=True)
-    (WORK / "here").mkdir(exist_ok=True)
-    while left := [job for job in jobs if not _result(job).exists()]:
-        for job in (portion := left[:6]):
+    while left := [job for job in jobs if not result(job).exists()]:
+        for job in (portion := left[:4]):
             shutil.rmtree(job["folder"], ignore_errors=True)
         (WORK / "jobs.json").write_text(json.dumps(portion))
         _child("make", str(WORK / "jobs.json"))
         for job in portion:
             if time.monotonic() - start > limit:
-                print(f"{len([j for j in jobs if not _result(j).exists()])} of {len(jobs)} are left: run again")
+                print(f"{len([j for j in jobs if not result(j).exists()])} of {len(jobs)} are left: run again")
                 return
-            _child(job["folder"], str(_result(job)))
+            _child(job["folder"], str(result(job)))
             for part in ("base/model.safetensors", "run/checkpoints", "run/adapter", "run/model"):
                 path = Path(job["folder"]) / part
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            found = json.loads(_result(job).read_text())
-            if found.get("others", 0) > QUIET:
-                _result(job).unlink()  # measured again in the next round
-            print(
-                job["number"],
-                job["recipe"]["method"]["kind"],
-                found["peak_mb"],
-                found["seconds"],
-                f"others {found.get('others')}",
-                flush=True,
-            )
+            found = json.loads(result(job).read_text())
+            if found["others"] > QUIET:
+                result(job).unlink()  # measured again in the next round
+            plan = found["plan"]
+            told = [
+                f"{key} {plan['predicted'][key]:g} / {plan['measured'][key]:g}" for key in ("peak_mb", "step_seconds")
+            ]
+            size = f"{parameters(job['shape']) / 1e6:.1f}M"
+            train = job["recipe"]["train"]
+            print(job["number"], job["recipe"]["method"], train["precision"], size, *told,
+                  f"others {found['others']}, whole {found['whole_seconds']} s", flush=True)  # fmt: skip
     print("all are measured")
 
 
-def _result(job: dict[str, Any]) -> Path:
-    return WORK / f"{job['number']:03d}.json"
+def result(job: dict[str, Any]) -> Path:
+    return Path(job["folder"] + ".json")
 
 
 def _child(*arguments: str) -> None:
     command = [sys.executable, "-m", "benchmarks.planner_side", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "FITOUT_HOME": str(WORK / "home")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
 

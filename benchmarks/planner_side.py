@@ -7,7 +7,6 @@ the imports, before anything is loaded, is told apart. `python -m benchmarks.pla
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import sys
@@ -18,12 +17,6 @@ from typing import Any
 
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def busy_seconds() -> float:
-    """CPU seconds that all processes (and the host's other machines: steal) have taken."""
-    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
 class Stopwatch:
@@ -50,15 +43,16 @@ def measure(folder: Path, out: Path) -> None:
     import transformers  # noqa: F401
 
     from fitout import config, verbs
+    from fitout.plan.machine import Others
     from fitout.train import loop  # noqa: F401
 
     base = peak_mb()
     watch = Stopwatch()
-    start, busy, own = time.time(), busy_seconds(), time.process_time()
+    start, clock = time.time(), Others()
     recipe = config.load(folder / "recipe.yaml")
     run = verbs.train(recipe, out=folder / "run", screen=verbs.Screen(listeners=lambda: [watch]))
     wall = time.time() - start
-    others = (busy_seconds() - busy - (time.process_time() - own)) / wall
+    others = clock.cores()
     status = run.read_status()
     out.write_text(
         json.dumps(
@@ -71,6 +65,7 @@ def measure(folder: Path, out: Path) -> None:
                 "whole_seconds": round(wall, 2),
                 "others": round(others, 3),  # cores that something else kept busy meanwhile
                 "threads": torch.get_num_threads(),
+                "plan": status["plan"],
                 "trained": status["training"]["trained_parameters"],
                 "parameters": status["training"]["parameters"],
             }

@@ -57,21 +57,19 @@ def _section(result: dict[str, Any]) -> str:
 
 
 def _planner(result: dict[str, Any]) -> str:
-    """Errors of both halves, and of the held-out half by method and precision."""
+    """Errors of all configurations, and by method and precision."""
     machine, rows = result["machine"], result["rows"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["name"], row["train"]["precision"])):
+        groups.setdefault(f"{row['name']} {row['train']['precision']}", []).append(row)
     lines = [
-        f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}; {machine['when']}.\n",
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}; {machine['when']}, seed {result['seed']}.\n",
         "| | configurations | memory off by, median | 9 of 10 within | within 10 % "
         "| time off by, median | 9 of 10 within | within 20 % |\n|---|---|---|---|---|---|---|---|",
-        *(_errors(half, [row for row in rows if row["held_out"] == (half == "held out")])
-          for half in ("calibration", "held out")),
-    ]  # fmt: skip
-    groups = sorted({(row["method"]["kind"], row["train"]["precision"]) for row in rows})
-    for group in groups:
-        some = [r for r in rows if (r["method"]["kind"], r["train"]["precision"]) == group and r["held_out"]]
-        if some:
-            lines.append(_errors(f"held out: {' '.join(group)}", some))
+        _errors("all", rows),
+        *(_errors(name, some) for name, some in groups.items()),
+    ]
     return "\n".join(lines)
 
 

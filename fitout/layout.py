@@ -8,6 +8,7 @@ and no label tensor: what is trained is a list of *targets*, each (position, tok
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -53,3 +54,14 @@ class Layout:
     @property
     def supervised(self) -> int:
         return len(self.target_at)
+
+    @cached_property
+    def pairs(self) -> int:
+        """How often a token looks at a token, itself included, in one attention layer without a window."""
+        pairs = 0
+        reach: list[int] = []  # tokens of each segment and all its ancestors
+        for segment in self.segments:
+            above = reach[segment.parent] if segment.parent >= 0 else 0
+            reach.append(above + segment.length)
+            pairs += segment.length * above + segment.length * (segment.length + 1) // 2
+        return pairs

@@ -76,6 +76,20 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def profile(self) -> Path:
+        """Of --profile."""
+        return self.path / "profile"
+
+    @property
+    def profile_trace(self) -> Path:
+        """For https://ui.perfetto.dev or chrome://tracing."""
+        return self.profile / "trace.json.gz"
+
+    @property
+    def profile_parts(self) -> Path:
+        return self.profile / "parts.json"
+
+    @property
     def services(self) -> Path:
         """The ids under which W&B and MLflow know the run."""
         return self.path / "services.json"

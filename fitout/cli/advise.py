@@ -208,7 +208,7 @@ def _plan(wishes: Wishes, keys: list[Key], aim: str, lengths: Lengths | None) ->
     """All methods on the machine, and lines on what fits there; None where the model's shape is not known."""
     from .. import verbs
     from ..config import build
-    from .plan_view import duration
+    from ..plan import duration
 
     base = wishes.base
     if base.shape is None:

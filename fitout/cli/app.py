@@ -22,6 +22,7 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YA
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, runs/NAME")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the recipe")]
 Out = Annotated[Path | None, typer.Option(help="the run directory (default: runs/NAME)")]
+ProfileFlag = Annotated[bool, typer.Option("--profile", help="time three steps part by part, and write a trace")]
 Processes = Annotated[int, typer.Option(min=1, help="ranks on this machine; one for each GPU")]
 Nodes = Annotated[int, typer.Option(min=1, help="machines that run this same command")]
 Rendezvous = Annotated[
@@ -63,6 +64,9 @@ def init(
     aim: Annotated[
         str | None, typer.Option(help="form, chat, knowledge, labels or text (default: by the look of the data)")
     ] = None,
+    peer: Annotated[
+        Path | None, typer.Option("--from", metavar="YAML", help="carry over a LLaMA-Factory or Axolotl configuration")
+    ] = None,
     to: Annotated[Path, typer.Option(help="where to write the recipe")] = Path("recipe.yaml"),
     json: Json = False,
 ) -> None:
@@ -72,6 +76,12 @@ def init(
     from .screen import open_screen
 
     refuse(to)
+    if peer is not None:
+        from .peers import write_carried
+
+        with open_screen(json) as screen:
+            screen.show_carried(write_carried(peer, to), to)
+        return
     asked = data is None and not json and on_a_terminal()
     wishes = ask(model, method, machine, aim) if asked else look(data, model, method, machine, aim)
     with open_screen(json) as screen:
@@ -86,17 +96,19 @@ def run(
     processes: Processes = 1,
     nodes: Nodes = 1,
     rendezvous: Rendezvous = None,
+    profile: ProfileFlag = False,
     json: Json = False,
 ) -> None:
     """Prepares, trains, evaluates and merges; goes on where it stopped."""
     if processes > 1 or nodes > 1 or rendezvous:
-        _as_ranks("run", recipe, changes, out, processes, nodes, rendezvous, ["--json"] if json else [])
+        more = (["--profile"] if profile else []) + (["--json"] if json else [])
+        _as_ranks("run", recipe, changes, out, processes, nodes, rendezvous, more)
     from .. import verbs
     from ..config import load
     from .screen import open_screen
 
     with open_screen(json) as screen:
-        directory = verbs.run(load(recipe, changes), out=out, screen=screen.verbs)
+        directory = verbs.run(load(recipe, changes), out=out, profile=profile, screen=screen.verbs)
         screen.show_run(directory)
 
 
@@ -136,18 +148,19 @@ def train(
     processes: Processes = 1,
     nodes: Nodes = 1,
     rendezvous: Rendezvous = None,
+    profile: ProfileFlag = False,
     json: Json = False,
 ) -> None:
     """One training run into runs/NAME."""
     if processes > 1 or nodes > 1 or rendezvous:
-        more = (["--resume"] if resume else []) + (["--json"] if json else [])
+        more = (["--resume"] if resume else []) + (["--profile"] if profile else []) + (["--json"] if json else [])
         _as_ranks("train", recipe, changes, out, processes, nodes, rendezvous, more)
     from .. import verbs
     from ..config import load
     from .screen import open_screen
 
     with open_screen(json) as screen:
-        directory = verbs.train(load(recipe, changes), out=out, resume=resume, screen=screen.verbs)
+        directory = verbs.train(load(recipe, changes), out=out, resume=resume, profile=profile, screen=screen.verbs)
         screen.show_run(directory)
 
 

@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ..errors import FitoutError, RequestError
 from ..rundir import RunDir
 
 GRACE = 600  # seconds that ranks have to save when the run is asked to stop
+ELASTIC = 60  # seconds in which torch elastic has ended all ranks of a machine, and told, where it can
 JOIN = 900  # seconds that machines wait for each other at the start
 GO_ON = "Go on with the same command (for `fitout train` add --resume)."
 
@@ -43,6 +46,8 @@ def launch(
     if nodes > 1 and rendezvous is not None:
         config = _between_machines(rendezvous)
     stacks = set(run.stacks.glob("*.txt"))
+    if nodes > 1:
+        threading.Thread(target=_leave_after_a_hang, args=(run, stacks), daemon=True).start()
     ranks = elastic_launch(
         LaunchConfig(
             min_nodes=nodes,
@@ -149,15 +154,30 @@ def _interface(own: str) -> str | None:
     return None
 
 
+def _hung(run: RunDir) -> FitoutError:
+    return FitoutError(
+        "a rank hung, or its machine cannot be reached; all were ended",
+        where=str(run.stacks),
+        harm="The last checkpoint is complete; nothing after it was kept.",
+        hint="The files there say what each was doing; the one that waits in no collective is the cause. " + GO_ON,
+    )
+
+
+def _leave_after_a_hang(run: RunDir, before: set[Path]) -> None:
+    """Ends this process a minute after ranks ended because of a hang. Torch elastic itself may wait for the machine
+    where all meet, and with a cut cable the kernel takes a quarter of an hour to give up."""
+    while not set(run.stacks.glob("*.txt")) - before:
+        time.sleep(2)
+    time.sleep(ELASTIC)
+    first, *rest = _hung(run).lines()
+    print("\n".join([f"error {first}", *(f"      {line}" for line in rest)]), file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def _ended(failures: dict[int, Any], run: RunDir, stacks: set[Path]) -> int:
     """The exit code of ranks of which some failed. Those that were ended because of another do not count."""
     if stacks:
-        raise FitoutError(
-            "a rank hung; all were ended",
-            where=str(run.stacks),
-            harm="The last checkpoint is complete; nothing after it was kept.",
-            hint="The files there say what each was doing; the one that waits in no collective is the cause. " + GO_ON,
-        )
+        raise _hung(run)
     by_time = sorted(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
     signalled = [(rank, -one.exitcode) for rank, one in by_time if one.exitcode < 0 and one.exitcode != -signal.SIGTERM]
     if signalled:

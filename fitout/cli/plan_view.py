@@ -9,6 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..plan import duration
+
 if TYPE_CHECKING:
     from ..plan.planner import Plan, Row
 
@@ -86,12 +88,3 @@ def _fits(row: Row) -> Text:
 
         return Text(f"with {told(row.change)}", style="yellow")
     return Text(f"no: {row.lightest.largest}", style="red")
-
-
-def duration(seconds: float) -> str:
-    """Short, in the unit that suits."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

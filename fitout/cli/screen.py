@@ -23,6 +23,7 @@ from ..verbs import Screen
 if TYPE_CHECKING:
     from ..export.bundle import Exported
     from .advise import Advice
+    from .peers import Carried
 
 
 class Terminal:
@@ -97,6 +98,21 @@ class Terminal:
             table.add_row("talk with it", Text(f"fitout chat {directory.path}"))
             table.add_row("serve it", Text(f"fitout serve {directory.path}"))
         self.console.print(table)
+
+    def show_carried(self, carried: Carried, to: Path) -> None:
+        """What of another tool's configuration became a recipe, and what did not."""
+        if self.machine:
+            left = [{"key": key, "value": value, "why": why} for key, value, why in carried.left]
+            told = {"recipe": str(to), "tool": carried.tool, "not_carried": left, "needless": carried.needless}
+            print(json.dumps({**told, "notes": carried.notes}, ensure_ascii=False))
+            return
+        for line in carried.notes:
+            self.say(line)
+        for key, value, why in carried.left:
+            self.say(f"not carried over: {key}: {value} - {why}")
+        if carried.needless:
+            self.say(f"without meaning here: {', '.join(carried.needless)}")
+        self.say(f"recipe {to} (from {carried.tool}); go on: fitout plan {to}")
 
     def show_draft(self, advice: Advice, to: Path) -> None:
         """What the recipe goes by, and what to do next."""
@@ -225,6 +241,10 @@ class TrainingBar:
                 if what
                 else "memory ran out: activations are recomputed from here"
             )
+        elif event == "profiled":
+            from .profile_view import draw_profile
+
+            self.screen.console.print(draw_profile(row))
         elif event == "skipped":
             self.screen.say(f"step {row['step']} skipped, {row['reason']}: {', '.join(row['rows'][:3])}")
 

@@ -30,7 +30,8 @@ MESS = {
     CONVERSATIONS_FILE: {"exact_duplicate": 5, "near_duplicate": 4, "empty_answer": 1, "role_order": 2, "broken": 1},
 }
 LONG_CHARACTERS = 5000
-_ROWS = {"questions": 230, "chinese": 250, "english": 50, "turns": 20, "system": 20}
+_ROWS = {"questions": 230, "chinese": 250, "talks": 80, "system": 20}
+_ASKED = 4  # questions in a talk
 
 # Asked about {s} ("a cow", "Japan"); {n} is the name without an article. `country` asks for the capital's country.
 QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -125,10 +126,22 @@ def test_items(seed: int = 0, each: int = 5) -> list[Item]:
     return chosen
 
 
+def other_items(seed: int = 101, each: int = 15) -> list[Item]:
+    """Held-out items that the test file does not ask: what the demo's data and recipe are chosen by."""
+    tested = {(item.relation, item.subject, item.language) for item in test_items()}
+    known = [i for i in items(seed, held_out=True) if (i.relation, i.subject, i.language) not in tested]
+    chosen = []
+    for language, relations in QUESTIONS.items():
+        for relation in relations:
+            chosen += [item for item in known if (item.language, item.relation) == (language, relation)][:each]
+    return chosen
+
+
 def training_items(seed: int = 0) -> dict[str, list[Item]]:
     """Items of the other half for each part of the training files, every relation in its share.
 
-    Sums are many and alike, so most of them are left out.
+    Every fact of that half is asked about, but for a part of the sums, which are many and alike: what the single
+    questions leave out is in the talks.
     """
     known = _thinned(items(seed, held_out=False))
     draw = random.Random(f"{seed}/training")
@@ -136,12 +149,16 @@ def training_items(seed: int = 0) -> dict[str, list[Item]]:
     chinese = [item for item in known if item.language == "zh"][: _ROWS["chinese"]]
     asked = {item.question for item in questions}
     again = [item for item in (_reworded(item, draw) for item in questions) if item.question not in asked]
-    countries = [item for item in known if item.relation in world.COUNTRY_RELATIONS]
+    draw.shuffle(again)
+    single = {*questions, *chinese}
+    new = [item for item in known if item not in single]
+    new_zh = [item for item in new if item.language == "zh"]
+    new_zh = new_zh[: len(new_zh) // _ASKED * _ASKED]  # a talk is in one language
+    new_en = [item for item in new if item.language == "en"]
     return {
         "questions": questions,
         "chinese": chinese,
-        "english": draw.sample(again, _ROWS["english"]),  # the same facts as in the other file, in other words
-        "turns": [_reworded(item, draw) for item in draw.sample(countries, 2 * _ROWS["turns"])],
+        "talks": (new_zh + new_en + again)[: _ROWS["talks"] * _ASKED],  # `again`: the other file's facts, reworded
         "system": [_reworded(item, draw) for item in draw.sample(known, _ROWS["system"])],
     }
 
@@ -191,10 +208,10 @@ def _conversations(seed: int) -> list[str]:
     draw = random.Random(f"{seed}/{CONVERSATIONS_FILE}")
     mess = MESS[CONVERSATIONS_FILE]
     parts = training_items(seed)
-    single = [{"messages": item.messages()} for item in (*parts["chinese"], *parts["english"])]
+    single = [{"messages": item.messages()} for item in parts["chinese"]]
     system = [{"messages": item.messages(draw.choice(_SYSTEM[item.language]))} for item in parts["system"]]
-    pairs = zip(parts["turns"][::2], parts["turns"][1::2], strict=True)
-    several = [{"messages": one.messages() + other.messages()} for one, other in pairs]
+    talks = [parts["talks"][at : at + _ASKED] for at in range(0, len(parts["talks"]), _ASKED)]
+    several = [{"messages": [message for item in talk for message in item.messages()]} for talk in talks]
     rows: list[dict[str, Any]] = [*single, *system, *several]
     twins = draw.sample(single, mess["exact_duplicate"] + mess["near_duplicate"])
     rows += twins[: mess["exact_duplicate"]]
@@ -227,7 +244,7 @@ def _reworded(item: Item, draw: random.Random) -> Item:
     return _item(world.by_subject((item.relation,), item.language)[item.subject][0], draw)
 
 
-def _thinned(known: list[Item], sums: int = 50) -> list[Item]:
+def _thinned(known: list[Item], sums: int = 70) -> list[Item]:
     """At most `sums` sums and differences a language: they would be a third of all questions."""
     kept: list[Item] = []
     left = dict.fromkeys(world.LANGUAGES, sums)

@@ -2,6 +2,7 @@
 
 data                              the instruction data, the test file and the retention probes
 corpus --tokens N --out FILE      pretraining documents as JSON lines {"text": ...}
+questions --out FILE              other questions about the held-out half than the test file's, to choose a recipe by
 tokenizer --out FOLDER            the tokenizer, with its chat template
 base --out FOLDER                 an untrained model of 3.2 million parameters with the tokenizer
 """
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     text.add_argument("--seed", type=int, default=CORPUS_SEED)
     text.add_argument("--tokenizer", type=Path, default=SHELL, help="folder of the tokenizer that counts the tokens")
     text.add_argument("--out", type=Path, required=True)
+    questions = verbs.add_parser("questions", help="write held-out questions that the test file does not ask")
+    questions.add_argument("--out", type=Path, required=True)
     tokenizer = verbs.add_parser("tokenizer", help="train the tokenizer")
     tokenizer.add_argument("--out", type=Path, default=SHELL)
     base = verbs.add_parser("base", help="write the untrained model and its tokenizer")
@@ -45,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     elif given.verb == "corpus":
         documents, tokens = write_corpus(given.out, given.tokens, given.tokenizer, given.seed)
         print(f"{given.out}: {documents} documents, {tokens} tokens with their ends")
+    elif given.verb == "questions":
+        others = [{"messages": item.messages(), **item.about} for item in instructions.other_items()]
+        print(f"{given.out}: {write_jsonl(given.out, others)} rows")
     elif given.verb == "tokenizer":
         print(f"{given.out}: {make_tokenizer(given.out)} entries")
     else:

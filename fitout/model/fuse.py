@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,7 @@ def _same_norm(module: Any) -> bool:
 
 
 def _is_gated(module: Any) -> bool:
-    names = {name for name, _ in module.named_children()}
+    names = {name for name, _ in module.named_children()} - {"adapter"}  # which a hook adds to what this gives
     return names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -92,7 +93,7 @@ class _Gated:
 
 def _same_gated(module: Any) -> bool:
     own = copy.copy(module)
-    own._modules = {"act_fn": module.act_fn}
+    own._forward_hooks, own._modules = OrderedDict(), {"act_fn": module.act_fn}
     for name, (rows, columns) in {"gate_proj": (6, 4), "up_proj": (6, 4), "down_proj": (4, 6)}.items():
         layer = nn.Linear(columns, rows, bias=False)
         with torch.no_grad():

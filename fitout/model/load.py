@@ -262,7 +262,7 @@ def open_model(
     folder `like`.
     """
     from .methods import saved_in
-    from .precision import best_device, decide
+    from .precision import best_device, decide, use_threads
 
     parts = resolve(what, adapter=adapter)
     source: Any = {"revision": revision or parts.revision, "trust_remote_code": trust_remote_code}
@@ -272,6 +272,7 @@ def open_model(
     if method is not None and folder is not None and precision == "auto":
         precision = method.trained_in(folder) or precision
     width = hidden_width(load_config(parts.base, **source))
+    use_threads(width, device)
     dtype = DTYPES[decide(precision, device, width=width).kind]
     extra = method.load_kwargs(dtype) if method is not None else None
     model: Any = load_base(parts.base, dtype=dtype, packed=False, device=device, extra=extra, **source)

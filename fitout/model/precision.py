@@ -1,7 +1,9 @@
-"""Which numbers to compute with: decided by the device, and on a CPU by a short measurement."""
+"""Which numbers to compute with, and with how many threads: decided by the device, and on a CPU by the model's width
+and a short measurement."""
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -11,6 +13,8 @@ from ..errors import RequestError
 
 NARROW = 384  # measured: below, bf16 was slower in whole steps though faster in products (width 192: 0.45 times)
 PAYS = 1.3
+ONE_THREAD = 256  # measured up to here: two threads no faster than one alone, and beside other work 8 times slower
+_threads: list[int] = []  # what torch began with
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,6 @@ class Precision:
 
 def best_device() -> torch.device:
     """CUDA (this process's card under torchrun), else CPU."""
-    import os
-
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
@@ -52,6 +54,20 @@ def decide(asked: str, device: torch.device, *, width: int = 512) -> Precision:
     if ratio >= PAYS:
         return Precision("bf16", f"a linear layer runs {ratio:.1f} times as fast in bf16 as in fp32 here")
     return Precision("fp32", f"bf16 does not pay here ({ratio:.1f} times fp32 in a linear layer)")
+
+
+def use_threads(width: int, device: torch.device) -> str | None:
+    """Computes a model of hidden `width` up to ONE_THREAD with one thread on a CPU, unless OMP_NUM_THREADS says how
+    many, and wider ones with all; returns one line for people when it is one. Which it is depends on the model alone,
+    so that a resumed run adds up in the same order."""
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return None
+    if not _threads:
+        _threads.append(torch.get_num_threads())
+    torch.set_num_threads(1 if width <= ONE_THREAD else _threads[0])
+    if torch.get_num_threads() == _threads[0]:
+        return None
+    return f"one thread of {_threads[0]}: a model {width} wide gains nothing from more (OMP_NUM_THREADS overrules)"
 
 
 def _bf16_gain(width: int, rows: int = 1024, rounds: int = 7) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..layout import Layout, Segment
 from ..model.attention import NAME as PACKED
 from ..model.fused import linear_cross_entropy
+from ..model.parts import DATA, HEAD, part
 
 
 class Objective(Protocol):
@@ -53,16 +54,29 @@ def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     at = torch.from_numpy(layout.target_at).to(device)
     tokens = torch.from_numpy(layout.target_token).to(device)
     weights = torch.from_numpy(layout.target_weight).to(device)
-    low = torch.is_autocast_enabled(device.type) or model.dtype == torch.bfloat16
-    packed = model.config._attn_implementation == PACKED
-    fed = inputs(layout, device, round_to=ROUND_TO if low and device.type == "cpu" and packed else 1)
+    with part(DATA):
+        fed = inputs(layout, device, round_to=_rounding(model, device))
     if plain_head(model):
         hidden = model.get_decoder()(**fed).last_hidden_state[0]
         head = model.get_output_embeddings()
-        return linear_cross_entropy(hidden.index_select(0, at), head.weight, head.bias, tokens, weights)
+        with part(HEAD):
+            return linear_cross_entropy(hidden.index_select(0, at), head.weight, head.bias, tokens, weights)
     logits = model(**fed, logits_to_keep=at).logits[0].float()
-    losses = F.cross_entropy(logits, tokens, reduction="none")
-    return (losses * weights).sum(), losses.detach()
+    with part(HEAD):
+        losses = F.cross_entropy(logits, tokens, reduction="none")
+        return (losses * weights).sum(), losses.detach()
+
+
+def padding(model: Any, layout: Layout) -> int:
+    """How many tokens `token_losses` adds to this layout's row, to fill it up."""
+    return -layout.tokens % _rounding(model, next(model.parameters()).device)
+
+
+def _rounding(model: Any, device: torch.device) -> int:
+    """What the length of a row is made a multiple of."""
+    low = torch.is_autocast_enabled(device.type) or model.dtype == torch.bfloat16
+    packed = model.config._attn_implementation == PACKED
+    return ROUND_TO if low and device.type == "cpu" and packed else 1
 
 
 def plain_head(model: Any) -> bool:

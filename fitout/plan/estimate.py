@@ -18,8 +18,8 @@ from typing import Any
 from ..files import read_json
 from ..model.methods.cost import OPTIMIZER_BYTES, Cost, inputs_width
 from ..model.shape import Shape
-from .machine import Speed, threads
-from .work import MicroBatch, Work, mean
+from .machine import Speed, compiles_bf16, threads
+from .work import MicroBatch, Work
 
 MB = 2**20
 CUDA_OVERHEAD = 900 * MB  # driver context, cuBLAS workspaces, kernels: an estimate
@@ -43,6 +43,7 @@ class Setup:
     recompute: bool = False
     devices: int = 1
     stage: int = 0
+    resident: float = 0.0  # bytes that this process holds before anything is loaded; 0 where it is not known
 
     @property
     def width(self) -> int:
@@ -91,25 +92,34 @@ def memory(shape: Shape, cost: Cost, setup: Setup, work: Work) -> Memory:
     loss = loss_bytes(shape, cost, setup, batch)
     held = gradients if work.most_micro_batches > 1 else 0.0  # before the first backward there are none
     ends = 4.0 * shape.head_weights if cost.trains_head else 0.0  # the embedding's gradient, dense, before it is added
-    kernels = kernel_bytes(shape, setup, work)
+    framework = framework_bytes(cost, setup)
+    kernels = framework + kernel_bytes(shape, setup, work)
     moments = {
         "end of a forward": _terms(setup, kernels, parameters + copies, held, optimizer,
                                    activations + max(0.0, backward - loss), loss),
         "end of a backward": _terms(setup, kernels, parameters + copies, gradients, optimizer, backward, ends),
     }  # fmt: skip
     if setup.device == "cpu" and shape.file_bytes and _rewritten(shape, cost, setup):
-        moments["loading"] = _terms(setup, 0, parameters + shape.file_bytes, 0, 0, 0, 0)
+        moments["loading"] = _terms(setup, framework, parameters + shape.file_bytes, 0, 0, 0, 0)
     name = max(moments, key=lambda one: sum(moments[one].values()))
     return Memory(name, moments[name], {one: sum(terms.values()) for one, terms in moments.items()})
 
 
-def _terms(
-    setup: Setup, kernels: float, weights: float, gradients: float, optimizer: float, activations: float, loss: float
-) -> dict[str, float]:
+def framework_bytes(cost: Cost, setup: Setup) -> float:
+    """What the libraries take: on a CPU what the process holds with them imported, and what they take when they first
+    compute (threads, workspaces)."""
+    if setup.device == "cuda":
+        return CUDA_OVERHEAD
     known = _memory_constants(setup)
-    spread = CUDA_SPREAD if setup.device == "cuda" else known["spread"]
+    return (setup.resident or known["imports_mb"] * MB) + known["first_use_mb"] * MB + cost.libraries
+
+
+def _terms(
+    setup: Setup, framework: float, weights: float, gradients: float, optimizer: float, activations: float, loss: float
+) -> dict[str, float]:
+    spread = CUDA_SPREAD if setup.device == "cuda" else _memory_constants(setup)["spread"]
     return {
-        "framework": (CUDA_OVERHEAD if setup.device == "cuda" else known["overhead_mb"] * MB) + kernels,
+        "framework": framework,
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
@@ -129,7 +139,7 @@ def kernel_bytes(shape: Shape, setup: Setup, work: Work) -> float:
     """On a CPU, bf16 products compile kernels for each new size of a micro-batch (linear layers), and for each new
     length of a document in every thread that computes a head of its attention; all are kept. fp32 has none (measured).
     """
-    if setup.device == "cuda":
+    if setup.device == "cuda" or not compiles_bf16():
         return 0.0
     known = _memory_constants(setup)
     looked = [one.tokens for step in work.steps for one in step]
@@ -168,7 +178,7 @@ def layer_bytes(shape: Shape, cost: Cost, setup: Setup) -> float:
         "heads": shape.heads, "one": 1,
     }  # fmt: skip
     every = sum(bytes_of[name] * width for name, width in widths.items())
-    unread = inputs_width(shape, lambda name: name not in {*cost.reads, "output"})  # which attention keeps anyway
+    unread = inputs_width(shape, lambda name: name not in cost.reads)
     return every - setup.width * unread + setup.width * cost.kept + _more_norms(shape, setup)
 
 
@@ -206,7 +216,7 @@ def loss_bytes(shape: Shape, cost: Cost, setup: Setup, batch: MicroBatch) -> flo
     """The head's part (model/fused.py): logits of one chunk of targets, a few times; gradients of hidden and head."""
     from ..model.fused import CHUNK_BYTES
 
-    rows = min(batch.targets, max(64, CHUNK_BYTES // (4 * shape.vocab)))
+    rows = batch.targets if cost.whole_logits else min(batch.targets, max(64, CHUNK_BYTES // (4 * shape.vocab)))
     logits = _memory_constants(setup)["chunks"] * 4.0 * rows * shape.vocab
     hidden = 3.0 * setup.width * batch.targets * shape.hidden
     head = 4.0 * shape.head_weights if cost.trains_head else 0.0
@@ -217,27 +227,35 @@ def loss_bytes(shape: Shape, cost: Cost, setup: Setup, batch: MicroBatch) -> flo
 # time
 
 
+def load(shape: Shape, cost: Cost, one: MicroBatch) -> float:
+    """What a micro-batch asks for, in tokens: attention and head counted as so many more tokens through the layers."""
+    passes = 1 + cost.layers / shape.layers + cost.weight_gradients / shape.linear_weights
+    layers = 2 * passes * shape.linear_weights
+    attention = 14 * shape.attention_width * shape.layers
+    head = (6 if cost.trains_head else 4) * shape.head_weights
+    return one.tokens + (one.pairs * attention + one.targets * head) / layers
+
+
 def seconds(shape: Shape, cost: Cost, setup: Setup, work: Work, speed: Speed) -> float:
-    """Seconds of a step, on average over the run."""
-    weights = time_constants(setup)
-    fresh = work.lengths / max(1, work.total_steps)
-    return mean([
-        sum(weights[name] * value for name, value in features(shape, cost, setup, step, speed, fresh).items())
-        for step in work.steps
-    ])  # fmt: skip
+    """Seconds of a step, on average over the run, by arithmetic on rates; without what devices exchange."""
+    weights = CALLS_AND_RATES[setup.device]
+    steps = [features(shape, cost, setup, step, speed) for step in work.timed]
+    return sum(weights[name] * value for step in steps for name, value in step.items()) / len(steps)
 
 
-def time_constants(setup: Setup) -> dict[str, float]:
-    return constants()["time"]["cuda" if setup.device == "cuda" else _table(setup)]
+# How many times longer than at the probed or data-sheet rate each part takes, and seconds a call. On a CPU about what
+# was measured on one (attention runs in small pieces, activations through memory); on cards estimates, not measured.
+CALLS_AND_RATES = {
+    "cpu": {"products": 1.2, "thin": 1.5, "attention": 6.0, "moving": 3.0, "updates": 1.3, "heads": 4e-5,
+            "documents": 0.0, "layers": 7e-5, "micro_batches": 0.0},
+    "cuda": {"products": 1.0, "thin": 2.0, "attention": 1.0, "moving": 1.0, "updates": 1.0, "heads": 0.0,
+             "documents": 2e-5, "layers": 2e-6, "micro_batches": 1e-3},
+}  # fmt: skip
 
 
-def features(
-    shape: Shape, cost: Cost, setup: Setup, step: tuple[MicroBatch, ...], speed: Speed, fresh: float = 0.0
-) -> dict[str, float]:
-    """What a step's time is made of: seconds at the probed speed (products, thin, attention, moving, updates), and
-    counts of calls (documents and their heads, layers, micro-batches, `fresh` document lengths never met before) that
-    cost a time each.
-    """
+def features(shape: Shape, cost: Cost, setup: Setup, step: tuple[MicroBatch, ...], speed: Speed) -> dict[str, float]:
+    """What a step's time is made of: seconds at the given rates (products, thin, attention, moving, updates), and
+    counts of calls (heads of documents, documents, layers, micro-batches) that cost a time each."""
     tokens, targets = sum(b.tokens for b in step), sum(b.targets for b in step)
     largest = max((b.tokens for b in step), default=1)
     rates = {
@@ -255,15 +273,28 @@ def features(
     copies = 6 * shape.linear_weights * len(step) if _autocast(cost, setup) else 0
     accumulated = 12 * cost.trained * len(step)
     once = cost.call_numbers * setup.width / bytes_per_second + cost.call_flops / rate
+    documents = float(sum(len(b.lengths) for b in step) * forwards)
     return {
         "products": tokens * layer * (forwards + cost.layers + gradients) + head,
         "thin": tokens * cost.thin_flops * (4 / 3 if setup.recompute else 1) / rate,
         "attention": sum(b.pairs for b in step) * shape.attention_width * 14 * shape.layers / rate,
         "moving": (moved + 12 * targets * shape.vocab) / bytes_per_second,
         "updates": (cost.trained * optimizer + copies + accumulated) / bytes_per_second + len(step) * once,
-        "documents": float(sum(len(b.lengths) for b in step) * forwards),
-        "heads": float(sum(len(b.lengths) for b in step) * forwards * shape.heads),
+        "documents": documents,
+        "heads": documents * shape.heads,
         "layers": float(len(step) * (forwards * 10 + cost.layers * cost.calls)),
         "micro_batches": float(len(step)),
-        "fresh": fresh,
     }
+
+
+def exchange_seconds(shape: Shape, cost: Cost, setup: Setup, micro_batches: float, link: float) -> float:
+    """Seconds a step in which devices exchange numbers, none of it hidden behind computing (Rajbhandari et al., arXiv
+    1910.02054, section 7): gradients are summed once, which sends and receives each twice; with parameters divided
+    they are gathered for the forward and again for the backward of every micro-batch, and gradients sent once."""
+    if setup.devices == 1:
+        return 0.0
+    others = (setup.devices - 1) / setup.devices
+    gradients = 4.0 * cost.trained
+    if setup.stage < 3:
+        return others * 2 * gradients / link
+    return others * (micro_batches * 2 * base_bytes(shape, cost, setup) + gradients) / link

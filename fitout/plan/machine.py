@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import RequestError
 from ..files import read_json, write_json
@@ -17,6 +18,10 @@ from .history import home
 
 GIB = 2**30
 UTILISATION = 0.4  # of the data-sheet peak that products of a real training loop reach; an estimate, not measured here
+
+
+PCIE = 25e9  # bytes/s in one direction of 16 lanes of PCIe 4, less protocol
+LOOPBACK = 1e9  # bytes/s between two processes on one CPU (gloo over TCP); an estimate
 
 
 class Speed(Protocol):
@@ -31,7 +36,8 @@ class Speed(Protocol):
 
 @dataclass(frozen=True)
 class Machine:
-    """`memory` is what one process may use, in bytes; `measured` says whether `speed` was measured on it."""
+    """`memory` is what one process may use, in bytes; `measured` says whether `speed` was measured on it; `link` is
+    how fast several of them exchange numbers, bytes/s in each direction."""
 
     name: str
     kind: str  # cpu or cuda
@@ -39,16 +45,20 @@ class Machine:
     speed: Speed
     measured: bool
     bf16: bool = True
+    link: float = 1e9
+    resident: int = 0  # bytes that this process holds, with the libraries that a run imports; 0 for another machine
 
 
 @dataclass(frozen=True)
 class DataSheet:
-    """A card that is not here: dense tensor-core FLOP/s in bf16 (fp16 where it has no bf16), in fp32, bytes/s."""
+    """A card that is not here: dense tensor-core FLOP/s in bf16 (fp16 where it has no bf16), in fp32, bytes/s to its
+    memory and to the next card."""
 
     memory_gb: float
     low: float
     fp32: float
     bytes_per_second: float
+    link: float = PCIE
     bf16: bool = True
 
     def products(self, inputs: int, outputs: int, rows: int, precision: str) -> float:
@@ -58,9 +68,10 @@ class DataSheet:
         return 0.8 * self.bytes_per_second
 
 
-CARDS = {  # makers' data sheets: TFLOP/s dense with fp32 accumulation, memory as the driver shows it in GiB
-    "t4-16g": DataSheet(15, 65e12, 8.1e12, 320e9, bf16=False),
-    "v100-32g": DataSheet(32, 112e12, 14e12, 900e9, bf16=False),
+CARDS = {  # makers' data sheets: TFLOP/s dense with fp32 accumulation, memory as the driver shows it in GiB,
+    # NVLink where the card has it
+    "t4-16g": DataSheet(15, 65e12, 8.1e12, 320e9, PCIE / 2, bf16=False),
+    "v100-32g": DataSheet(32, 112e12, 14e12, 900e9, 150e9, bf16=False),
     "rtx3060-12g": DataSheet(12, 25e12, 12.7e12, 360e9),
     "rtx3090-24g": DataSheet(24, 71e12, 35.6e12, 936e9),
     "rtx4090-24g": DataSheet(24, 165e12, 82.6e12, 1008e9),
@@ -68,11 +79,11 @@ CARDS = {  # makers' data sheets: TFLOP/s dense with fp32 accumulation, memory a
     "a10-24g": DataSheet(22.5, 125e12, 31.2e12, 600e9),
     "l4-24g": DataSheet(22.5, 121e12, 30.3e12, 300e9),
     "l40s-48g": DataSheet(45, 362e12, 91.6e12, 864e9),
-    "a100-40g": DataSheet(39.5, 312e12, 19.5e12, 1555e9),
-    "a100-80g": DataSheet(79, 312e12, 19.5e12, 2039e9),
-    "h100-80g": DataSheet(79, 989e12, 67e12, 3350e9),
-    "h200": DataSheet(140, 989e12, 67e12, 4800e9),
-    "b200": DataSheet(179, 2250e12, 80e12, 8000e9),
+    "a100-40g": DataSheet(39.5, 312e12, 19.5e12, 1555e9, 300e9),
+    "a100-80g": DataSheet(79, 312e12, 19.5e12, 2039e9, 300e9),
+    "h100-80g": DataSheet(79, 989e12, 67e12, 3350e9, 450e9),
+    "h200": DataSheet(140, 989e12, 67e12, 4800e9, 450e9),
+    "b200": DataSheet(179, 2250e12, 80e12, 8000e9, 900e9),
 }
 
 
@@ -82,10 +93,10 @@ def machine(name: str | None = None) -> Machine:
         return here()
     if name in CARDS:
         card = CARDS[name]
-        return Machine(name, "cuda", int(card.memory_gb * GIB), card, measured=False, bf16=card.bf16)
+        return Machine(name, "cuda", int(card.memory_gb * GIB), card, measured=False, bf16=card.bf16, link=card.link)
     size = name.removeprefix("cpu-").removesuffix("g")
     if name.startswith("cpu-") and name.endswith("g") and size.isdigit() and int(size):
-        return Machine(name, "cpu", int(size) * GIB, Probe("cpu"), measured=True)
+        return Machine(name, "cpu", int(size) * GIB, Probe("cpu"), True, link=LOOPBACK, resident=resident())
     raise RequestError(
         f"there is no device called {name}",
         where="--device",
@@ -103,8 +114,11 @@ def here() -> Machine:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         low = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Machine(torch.cuda.get_device_name(device), "cuda", free, Probe("cuda"), measured=True, bf16=low)
-    return Machine(f"this CPU ({torch.get_num_threads()} threads)", "cpu", free_memory(), Probe("cpu"), measured=True)
+        return Machine(
+            torch.cuda.get_device_name(device), "cuda", free, Probe("cuda"), measured=True, bf16=low, link=PCIE
+        )
+    name = f"this CPU ({torch.get_num_threads()} threads)"
+    return Machine(name, "cpu", free_memory(), Probe("cpu"), True, link=LOOPBACK, resident=resident())
 
 
 def free_memory() -> int:
@@ -116,12 +130,26 @@ def free_memory() -> int:
     used = Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
         available = min(available, int(most) - int(used.read_text()))
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return available + resident
+    return available + resident()
+
+
+def resident() -> int:
+    """Bytes that this process holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def compiles_bf16() -> bool:
+    """Whether this CPU has products in bf16 that are compiled for each size (oneDNN); others are computed by plain
+    code, slowly."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def threads() -> int:
-    """How many threads torch computes with, without asking it."""
+    """How many threads torch computes with, or would if it were loaded."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].get_num_threads()
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
@@ -141,19 +169,51 @@ class Probe:
     def products(self, inputs: int, outputs: int, rows: int, precision: str) -> float:
         rows = max(64, min(rows, int(self.MOST / (4 * inputs * outputs)), 2048))
         rows = 1 << (rows.bit_length() - 1)  # powers of two: few enough to remember
-        return self._remembered(f"{precision} {inputs}x{outputs} rows {rows}", _time_product,
-                                (inputs, outputs, rows, precision))  # fmt: skip
+        what = f"{precision} {inputs}x{outputs} rows {rows}"
+        return remembered(self.kind, what, lambda: _time_product(self.kind, inputs, outputs, rows, precision))
 
     def bandwidth(self) -> float:
-        return self._remembered("bytes", _time_vectors, ())
+        return remembered(self.kind, "bytes", lambda: _time_vectors(self.kind))
 
-    def _remembered(self, what: str, measure, sizes: Sequence) -> float:  # type: ignore[no-untyped-def]
-        path, machine = home() / "speeds.json", _fingerprint(self.kind)
-        known = read_json(path) if path.exists() else {}
-        if what not in known.get(machine, {}):
-            known.setdefault(machine, {})[what] = measure(self.kind, *sizes)
-            write_json(path, known)
+
+BUSY = 0.25  # cores that others may use while something is measured; else it is not remembered
+
+
+def remembered(kind: str, what: str, measure: Callable[[], Any]) -> Any:
+    """What `measure` gave the first time on this machine while little else was running (JSON), from
+    home()/speeds.json."""
+    path, machine = home() / "speeds.json", _fingerprint(kind)
+    known = read_json(path) if path.exists() else {}
+    if what in known.get(machine, {}):
         return known[machine][what]
+    clock = Others()
+    found = measure()
+    if clock.cores() <= BUSY:
+        known = read_json(path) if path.exists() else {}  # it may have taken a while, and measured others
+        known.setdefault(machine, {})[what] = found
+        write_json(path, known)
+    return found
+
+
+class Others:
+    """How many cores other processes (and a host's other machines: steal) keep busy from now on."""
+
+    def __init__(self) -> None:
+        self._began = (time.time(), _all_seconds(), _own_seconds())
+
+    def cores(self) -> float:
+        began, everything, own = self._began
+        return (_all_seconds() - everything - (_own_seconds() - own)) / max(1e-9, time.time() - began)
+
+
+def _all_seconds() -> float:
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    used = os.times()
+    return used.user + used.system
 
 
 @lru_cache

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import RequestError
 from ..model.methods.cost import Cost
 from ..model.shape import Shape
 from ..train import FIRST_BUDGET, TrainSettings
-from .estimate import MB, Memory, Setup, memory, seconds
+from .estimate import MB, Memory, Setup, exchange_seconds, memory, seconds
 from .machine import Machine
-from .work import Work
+from .work import MicroBatch, Work, WorkAt
 
 LARGE = 10_000  # samples from which full fine-tuning learns more than LoRA does (Biderman et al., arXiv 2405.09673)
 MARGIN = 0.85  # of the memory, that a method chosen for `auto` may be predicted to need
 ORDER = ("full", "lora", "qlora")  # what `auto` tries, best first; full only from LARGE samples on
 
-WorkAt = Callable[[int, int], Work]  # (tokens a micro-batch, ranks) -> what the run computes
+
+class Steps(Protocol):
+    def step(self, shape: Shape, cost: Cost, step: tuple[MicroBatch, ...]) -> float:
+        """Seconds of a step."""
+
+
+class Rehearsed(Protocol):
+    """What `rehearsal.Rehearsal` is to the planner."""
+
+    def tempo(self, kind: str, cost: Cost, setup: Setup, budget: int) -> Steps | None:
+        """How fast a method is on the machine at hand; None where it cannot be tried."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Row:
     step_seconds: float
     epoch_seconds: float
     total_seconds: float
+    rehearsed: bool = False  # the time was found by doing some steps, not by arithmetic
 
     @property
     def can_run(self) -> bool:
@@ -108,10 +119,13 @@ def make_plan(
     *,
     devices: int = 1,
     past: str | None = None,
+    rehearsal: Rehearsed | None = None,
 ) -> Plan:
     """`costs` by method kind; `chosen` and `precision` are what the recipe means on this machine."""
     setups = list(_setups(precision, train, machine, devices))
-    rows = tuple(look(shape, costs[kind], kind, setup, train, work_at, machine) for kind in costs for setup in setups)
+    rows = tuple(
+        look(shape, costs[kind], kind, setup, train, work_at, machine, rehearsal) for kind in costs for setup in setups
+    )
     [own] = [row for row in rows if (row.kind, row.precision, row.stage) == (chosen, precision, 0)]
     return Plan(
         machine=machine,
@@ -129,17 +143,18 @@ def _setups(precision: str, train: TrainSettings, machine: Machine, devices: int
     others = [kind for kind in ("fp32", low) if kind != precision and (machine.kind == "cuda" or kind != "fp16")]
     for kind in (precision, *others):
         for stage in range(4) if devices > 1 else (0,):
-            yield setup_of(train, kind, machine.kind, devices=devices, stage=stage)
+            yield setup_of(train, kind, machine, devices=devices, stage=stage)
 
 
-def setup_of(train: TrainSettings, precision: str, device: str, *, devices: int = 1, stage: int = 0) -> Setup:
+def setup_of(train: TrainSettings, precision: str, machine: Machine, *, devices: int = 1, stage: int = 0) -> Setup:
     return Setup(
         precision=precision,
-        device=device,
+        device=machine.kind,
         optimizer=train.optimizer,
         recompute=train.gradient_checkpointing is True,
         devices=devices,
         stage=stage,
+        resident=machine.resident,
     )
 
 
@@ -148,8 +163,9 @@ def first_budget(train: TrainSettings, device: str) -> int:
 
 
 def look(
-    shape: Shape, cost: Cost, kind: str, setup: Setup, train: TrainSettings, work_at: WorkAt, machine: Machine
-) -> Row:
+    shape: Shape, cost: Cost, kind: str, setup: Setup, train: TrainSettings, work_at: WorkAt, machine: Machine,
+    rehearsal: Rehearsed | None = None,
+) -> Row:  # fmt: skip
     """One method in one setup: as the recipe says, and, where that does not fit, with what makes it fit."""
     work = work_at(first_budget(train, setup.device), setup.devices)
     asked = memory(shape, cost, setup, work)
@@ -162,7 +178,9 @@ def look(
             if lightest.peak <= machine.memory:
                 change = keys
                 break
-    step = seconds(shape, cost, used_setup, used, machine.speed)
+    budget = change.get("train.micro_batch_tokens", first_budget(train, setup.device))
+    tempo = rehearsal.tempo(kind, cost, used_setup, budget) if rehearsal and (fits or change) else None
+    step = _mean_step(shape, cost, used_setup, used, machine, tempo)
     return Row(
         kind=kind,
         precision=setup.precision,
@@ -176,7 +194,17 @@ def look(
         step_seconds=step,
         epoch_seconds=step * work.steps_per_epoch,
         total_seconds=step * work.total_steps,
+        rehearsed=tempo is not None,
     )
+
+
+def _mean_step(shape: Shape, cost: Cost, setup: Setup, work: Work, machine: Machine, tempo: Steps | None) -> float:
+    """Seconds of a step, on average over the run."""
+    micro_batches = sum(len(step) for step in work.timed) / len(work.timed)
+    exchange = exchange_seconds(shape, cost, setup, micro_batches, machine.link)
+    if tempo is None:
+        return exchange + seconds(shape, cost, setup, work, machine.speed)
+    return exchange + sum(tempo.step(shape, cost, step) for step in work.timed) / len(work.timed)
 
 
 def _remedies(
@@ -238,7 +266,7 @@ def advice(
         with_what = f" with {told(best.change)}" if best.change else ""
         yield f"method: {{kind: {best.kind}}} in {best.precision} fits{with_what}"
     for count in (2, 4, 8, 16, 32, 64) if not own.change and own.devices == 1 else ():
-        divided = setup_of(train, own.precision, machine.kind, devices=count, stage=3)
+        divided = setup_of(train, own.precision, machine, devices=count, stage=3)
         if look(shape, cost, own.kind, divided, train, work_at, machine).can_run:
             yield f"over {count} such devices it fits with everything divided (ZeRO 3, FSDP)"
             return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class MicroBatch:
     targets: int
     lengths: tuple[int, ...]
     pairs: int
+    layout: Layout | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class Work:
     def tokens_per_step(self) -> float:
         return sum(one.tokens for step in self.steps for one in step) / len(self.steps)
 
+    @property
+    def timed(self) -> tuple[tuple[MicroBatch, ...], ...]:
+        """The steps whose times are averaged; the first of a run warms up and is left out (of a measured run too)."""
+        return self.steps[1:] if len(self.steps) > 2 else self.steps
+
+
+WorkAt = Callable[[int, int], Work]  # (tokens a micro-batch, ranks) -> what the run computes
+
 
 def work_of(
     batches: Any, *, budget: int, epochs: float, max_steps: int | None, ranks: int = 1, share: float = 1.0
@@ -67,13 +76,8 @@ def work_of(
 
 
 def _micro_batch(layout: Layout) -> MicroBatch:
-    pairs = 0
-    before: list[int] = []  # tokens of each segment and all its ancestors
-    for segment in layout.segments:
-        above = before[segment.parent] if segment.parent >= 0 else 0
-        before.append(above + segment.length)
-        pairs += segment.length * above + segment.length * (segment.length + 1) // 2
-    return MicroBatch(layout.tokens, layout.supervised, tuple(segment.length for segment in layout.segments), pairs)
+    lengths = tuple(segment.length for segment in layout.segments)
+    return MicroBatch(layout.tokens, layout.supervised, lengths, layout.pairs, layout)
 
 
 def _different_lengths(steps: list[list[Layout]]) -> int:
@@ -103,7 +107,3 @@ class AverageLength:
 def in_steps(one: MicroBatch, count: int = 1) -> Work:
     """Work of steps that are all alike, for questions without data."""
     return Work(((one,) * count,), 1, 1, one.tokens, count, len(set(one.lengths)))
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -4,9 +4,9 @@ This file and engines/ are all that knows torch.distributed and DeepSpeed. Ranks
 `fitout run --processes`, torchrun or anything else that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 Each rank computes its own micro-batches; gradients are summed once a step, after the last of them.
 
-Why not torch's DistributedDataParallel: it gave the same numbers and no more speed (docs/parallel.md), and it counts on
-every rank calling the same module as often as the others with the same parameters trained, which a step with an empty
-micro-batch, an objective's own forward and a method that chooses its entries do not do.
+Why not torch's DistributedDataParallel: it counts on every rank calling the same module as often as the others with the
+same parameters trained, which a step with an empty micro-batch, an objective's own forward and a method that chooses
+its entries do not do (docs/parallel.md).
 """
 
 from __future__ import annotations

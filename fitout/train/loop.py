@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ import torch
 from ..data.batches import Batches, layouts_of
 from ..data.store import Part
 from ..errors import CheckError, FitoutError, Stopped
+from ..layout import Layout
 from ..model.methods.base import Method, copy_into, trainable
+from ..model.parts import DATA, part
 from ..objectives.base import Objective
 from ..rundir import RunDir
 from . import FIRST_BUDGET, TrainSettings
@@ -23,6 +26,9 @@ from .guard import FiniteGuard, StopRequest, is_out_of_memory
 from .listeners import Listener
 from .optim import learning_rate, make_optimizer
 from .step import StepResult, mean_loss, train_step
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 STATE = "method|"  # before the names of a method's own state in a checkpoint's weights
 
@@ -36,6 +42,10 @@ class Progress:
     supervised: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    waited: float = 0.0  # of them, seconds without data
+    pairs: int = 0  # see Layout
+    padding: int = 0
+    recomputed: float = 0.0  # tokens whose layers were computed twice (as much as all of them)
     budget: int = 0  # tokens a micro-batch, after halvings
     base_loss: float | None = None  # validation loss before the first step
     best_loss: float | None = None
@@ -61,6 +71,7 @@ class Job:
     run: RunDir
     identity: dict[str, Any]
     info: dict[str, Any]
+    profile: Profile | None = None
 
 
 def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bool = False) -> Progress:
@@ -84,6 +95,8 @@ def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bo
                     )
         run.finish()
     finally:
+        if job.profile:
+            job.profile.close()
         for listener in run.listeners:
             listener.close()
     return run.at
@@ -100,6 +113,7 @@ class _Run:
         self.finite = FiniteGuard()
         self.at = Progress(budget=_first_budget(job.settings, backend))
         self.saved_step = -1
+        self.recomputed = 0.0  # share of the layers that are computed again in the backward pass
 
     # beginning
 
@@ -191,15 +205,22 @@ class _Run:
         rate = learning_rate(index, self.job.total_steps, self.job.lr, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        start = time.perf_counter()
-        result = self._step_with_memory(index)
-        seconds = time.perf_counter() - start
+        profile = self.job.profile
+        with profile.step(self.job.model, self.job.total_steps - index) if profile else nullcontext():
+            start = time.perf_counter()
+            result = self._step_with_memory(index)
+            seconds = time.perf_counter() - start
+            if profile:
+                profile.saw(result, seconds, self.recomputed, self.backend.ranks)
         self.finite.saw(result.finite, index + 1, self._origins(index))
         self.at.step += 1
         self.job.method.after_step(self.job.model, self.optimizer, self.at.step, self.job.total_steps, self._gradients)
         self.at.tokens += result.tokens
         self.at.supervised += result.supervised
         self.at.seconds += seconds
+        self.at.pairs += result.pairs
+        self.at.padding += result.padding
+        self.at.recomputed += self.recomputed * result.tokens
         self.at.last_loss = result.loss
         epoch, within = self.job.batches.epoch_of(index)
         if not result.finite:
@@ -216,14 +237,24 @@ class _Run:
             tokens_per_second=round(result.tokens / seconds, 1),
             memory_mb=memory_mb(self.backend.device),
         )
+        if profile and (report := profile.take()):
+            self._tell("profiled", **report)
+
+    def _layouts(self, index: int) -> list[Layout]:
+        """What a step computes; how long that was waited for is counted."""
+        start = time.perf_counter()
+        with part(DATA):
+            layouts = self.job.batches.layouts(
+                index, budget=self.at.budget, rank=self.backend.rank, ranks=self.backend.ranks
+            )
+        self.at.waited += time.perf_counter() - start
+        return layouts
 
     def _step_with_memory(self, index: int) -> StepResult:
         """The step; when memory runs out, the same step again in smaller micro-batches."""
         while True:
             torch.manual_seed(_key(self.job.settings.seed, index, self.backend.rank))
-            layouts = self.job.batches.layouts(
-                index, budget=self.at.budget, rank=self.backend.rank, ranks=self.backend.ranks
-            )
+            layouts = self._layouts(index)
             try:
                 return train_step(
                     self.job.model,
@@ -248,7 +279,7 @@ class _Run:
         if largest > longest:
             self.at.budget = max(longest, min(self.at.budget, largest) // 2)
             self._tell("oom", micro_batch_tokens=self.at.budget)
-        elif self.job.settings.gradient_checkpointing == "auto" and not self.job.model.is_gradient_checkpointing:
+        elif self.job.settings.gradient_checkpointing == "auto" and not self.recomputed:
             self._recompute_activations()
             self._tell("oom", gradient_checkpointing=True)
         else:
@@ -259,6 +290,7 @@ class _Run:
             ) from error
 
     def _recompute_activations(self) -> None:
+        self.recomputed = 1.0
         self.job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def _origins(self, index: int) -> list[str]:

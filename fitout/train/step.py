@@ -13,19 +13,22 @@ import torch
 from torch import nn
 
 from ..layout import Layout
-from ..objectives.base import Objective
+from ..model.parts import OPTIMIZER, part
+from ..objectives.base import Objective, padding
 from .backend import Backend
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; over all ranks except `tokens_here`."""
+    """What a step did, over all ranks. `pairs` are those of Layout, `padding` tokens that only fill rows up."""
 
     loss: float
     grad_norm: float
     finite: bool
     tokens: int
     supervised: int
+    pairs: int
+    padding: int
 
 
 def train_step(
@@ -38,23 +41,30 @@ def train_step(
     clip: float | None,
 ) -> StepResult:
     """Forward and backward of every micro-batch, one sum over the ranks, clip, update."""
-    total, tokens, supervised = backend.sum(
-        objective.units(layouts), sum(x.tokens for x in layouts), sum(x.supervised for x in layouts)
+    with backend.compute():
+        filling = sum(padding(model, x) for x in layouts)
+    total, tokens, supervised, pairs, filled = backend.sum(
+        objective.units(layouts),
+        sum(x.tokens for x in layouts),
+        sum(x.supervised for x in layouts),
+        sum(x.pairs for x in layouts),
+        filling,
     )
-    loss_sum = 0.0
+    summed = torch.zeros((), dtype=torch.float64, device=backend.device)  # read once, when all is computed
     for index, layout in enumerate(layouts):
         if layout.supervised == 0 and not backend.joins:
             continue
         loss = backend.loss(model, objective, layout, total)
         backend.backward(loss, last=index == len(layouts) - 1)
-        loss_sum += float(loss.detach())
-    backend.sum_gradients(parameters)
-    (loss_sum,) = backend.sum(loss_sum)
-    norm = backend.clip(optimizer, parameters, clip)
-    finite = norm == norm and norm != float("inf") and loss_sum == loss_sum
-    backend.update(optimizer, finite=finite)
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum, norm, finite, int(tokens), int(supervised))
+        summed += loss.detach()
+    with part(OPTIMIZER):
+        backend.sum_gradients(parameters)
+        norm = backend.clip(optimizer, parameters, clip)
+        (loss_sum,) = backend.sum(float(summed))
+        finite = norm == norm and norm != float("inf") and loss_sum == loss_sum
+        backend.update(optimizer, finite=finite)
+        optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_sum, norm, finite, *map(int, (tokens, supervised, pairs, filled)))
 
 
 @torch.no_grad()
@@ -63,11 +73,11 @@ def mean_loss(model: nn.Module, objective: Objective, layouts: Sequence[Layout],
     training = model.training
     model.eval()
     try:
-        total, summed = objective.units(layouts), 0.0
+        summed = torch.zeros((), dtype=torch.float64, device=backend.device)
         for layout in layouts:
             if layout.supervised or backend.joins:
-                summed += float(backend.loss(model, objective, layout, 1.0))
-        summed, total = backend.sum(summed, total)
+                summed += backend.loss(model, objective, layout, 1.0)
+        loss_sum, total = backend.sum(float(summed), objective.units(layouts))
     finally:
         model.train(training)
-    return summed / total if total else float("nan")
+    return loss_sum / total if total else float("nan")

@@ -53,14 +53,16 @@ __all__ = [
 ]
 
 
-def run(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | None = None) -> RunDir:
+def run(
+    recipe: Recipe, *, out: str | Path | None = None, profile: bool = False, screen: Screen | None = None
+) -> RunDir:
     """prepare, train, evaluate, merge; a run that was stopped or killed goes on where it was."""
     screen = screen or Screen()
     directory = run_directory(recipe, out)
     check_retention(recipe)
     recipe = with_method(recipe, directory, screen)
     with working(directory, recipe, screen):
-        train_model(recipe, directory, screen, resume=True)
+        train_model(recipe, directory, screen, resume=True, profile=profile)
         if main_process():
             evaluate_run(recipe, directory, screen)
             if recipe.export.merge:
@@ -70,9 +72,15 @@ def run(recipe: Recipe, *, out: str | Path | None = None, screen: Screen | None 
 
 
 def train(
-    recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, screen: Screen | None = None
+    recipe: Recipe,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    profile: bool = False,
+    screen: Screen | None = None,
 ) -> RunDir:
-    """One training run. One that has begun training is refused without `resume`."""
+    """One training run. One that has begun training is refused without `resume`; with `profile` three steps are timed
+    part by part."""
     directory = run_directory(recipe, out)
     if directory.has_training() and not resume and main_process():  # the other ranks may come when it is made
         raise RunExistsError(
@@ -84,7 +92,7 @@ def train(
     screen = screen or Screen()
     recipe = with_method(recipe, directory, screen)
     with working(directory, recipe, screen):
-        train_model(recipe, directory, screen, resume=resume)
+        train_model(recipe, directory, screen, resume=resume, profile=profile)
     return directory
 
 

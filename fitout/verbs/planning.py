@@ -16,6 +16,8 @@ from .working import Screen, chat_of, recipe_of, run_directory
 
 if TYPE_CHECKING:
     from ..plan.planner import Plan
+    from ..plan.products import Products
+    from ..train.loop import Progress
 
 
 def plan(
@@ -36,32 +38,36 @@ def plan(
     from dataclasses import replace
 
     from ..model.methods import METHODS, LoraSettings
-    from ..model.precision import best_device, decide
+    from ..model.precision import best_device, decide, use_threads
     from ..plan.history import past_error
     from ..plan.machine import machine
     from ..plan.planner import choose, make_plan
 
     screen = screen or Screen()
-    on = machine(device)
+    import_training()
     shape = _shape(recipe)
+    use_threads(shape.hidden, best_device())
+    on = machine(device)
     asked = recipe.train.precision
     if asked == "auto" and on.kind == "cuda":
         asked = "bf16" if on.bf16 else "fp16"
     kind = decide(asked, best_device(), width=shape.hidden).kind if on.kind == "cpu" else asked
     named = recipe.method if recipe.method.kind != "auto" else LoraSettings()
-    settings = {one.model_fields["kind"].default: one() for one in METHODS} | {named.kind: named}
+    settings: dict[str, Any] = {one.model_fields["kind"].default: one() for one in METHODS} | {named.kind: named}
     costs = {name: one.cost(shape) for name, one in settings.items()}
     past = past_error(on.name) if on.measured else None
     with _plan_data(recipe, run_directory(recipe, out), length, samples, screen) as (batches, share):
         work_at = _work_at(recipe, batches, share)
-        found = make_plan(shape, costs, named.kind, recipe.train, kind, work_at, on, devices=devices, past=past)
+        rehearsal = _rehearsal(recipe, shape, settings, work_at, on) if on.measured else None
+        more: Any = {"devices": devices, "past": past, "rehearsal": rehearsal}
+        found = make_plan(shape, costs, named.kind, recipe.train, kind, work_at, on, **more)
         if recipe.method.kind != "auto":
             return found
         try:
             taken, reasons = choose(found, kind)
         except RequestError as nothing:  # `fitout plan` still shows how far off each method is
             return replace(found, advice=(nothing.message, *found.advice))
-        found = make_plan(shape, costs, taken, recipe.train, kind, work_at, on, devices=devices, past=past)
+        found = make_plan(shape, costs, taken, recipe.train, kind, work_at, on, **more)
     return replace(found, advice=(f"method: auto takes {taken}", *reasons, *found.advice))
 
 
@@ -92,11 +98,39 @@ def with_method(recipe: Recipe, directory: RunDir, screen: Screen) -> Recipe:
     return recipe.model_copy(update={"method": settings()})
 
 
+def import_training() -> None:
+    """What a run imports, so that what the process holds now is what it will hold then."""
+    from .working import import_libraries
+
+    import_libraries()
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    from ..model.fuse import fuse  # noqa: F401
+    from ..train.loop import fit  # noqa: F401
+
+
 def _shape(recipe: Recipe) -> Any:
     from ..model.load import resolve
     from ..model.shape import read_shape
 
     return read_shape(resolve(recipe.model.base).base, revision=recipe.model.revision)
+
+
+def _rehearsal(
+    recipe: Recipe, shape: Any, settings: dict[str, Any], work_at: Any, machine: Any, *, grown: bool = False
+) -> Any:
+    """Steps tried on this machine; None for a model whose own code would have to run."""
+    from ..model.load import load_config, resolve
+    from ..objectives import create
+    from ..plan.rehearsal import Rehearsal
+
+    if recipe.model.trust_remote_code:
+        return None
+    config = load_config(resolve(recipe.model.base).base, revision=recipe.model.revision)
+    return Rehearsal(
+        shape, config, settings, recipe.train, create(recipe.objective), work_at, machine,
+        packed=recipe.data.packing, grown=grown,
+    )  # fmt: skip
 
 
 def _work_at(recipe: Recipe, batches: Any, share: float = 1.0) -> Callable[[int, int], Any]:
@@ -183,6 +217,7 @@ def forecast_run(
     """What this training will need, told before it begins. A model that the planner does not know has no forecast."""
     from ..errors import ModelError
     from ..model.methods.cost import with_embeddings
+    from ..plan import duration
     from ..plan.estimate import MB
     from ..plan.machine import here
     from ..plan.planner import advice, look, setup_of
@@ -192,12 +227,15 @@ def forecast_run(
     except ModelError as error:
         screen.say(f"no plan: {error.message}")
         return None
+    import_training()
     machine = here()
     cost = recipe.method.cost(shape)
     cost = with_embeddings(cost, shape) if grown else cost
     work_at = _work_at(recipe, _batches(recipe, part))
-    setup = setup_of(recipe.train, precision, machine.kind, devices=ranks, stage=stage)
-    row = look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine)
+    setup = setup_of(recipe.train, precision, machine, devices=ranks, stage=stage)
+    settings: dict[str, Any] = {recipe.method.kind: recipe.method}
+    rehearsal = _rehearsal(recipe, shape, settings, work_at, machine, grown=grown)
+    row = look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine, rehearsal)
     fixed = row.memory.terms["framework"] + row.memory.terms["weights"]
     if fixed > machine.memory:
         raise RequestError(
@@ -206,6 +244,11 @@ def forecast_run(
             harm="The process would be killed while loading.",
             hint="Take a smaller base model or a 4-bit base; `fitout plan` shows what fits.",
         )
+    peak = row.memory.peak if machine.kind == "cpu" else row.memory.allocated
+    screen.say(
+        f"plan: {peak / MB:,.0f} MB at the peak ({row.memory.largest} {row.memory.terms[row.memory.largest] / MB:,.0f})"
+        f", {duration(row.step_seconds)} a step, {duration(row.total_seconds)} in all"
+    )
     if not row.fits:
         for line in advice(shape, cost, row, [], recipe.train, work_at, machine):
             screen.say(f"warning: {line}")
@@ -214,13 +257,56 @@ def forecast_run(
         "method": recipe.method.kind,
         "precision": precision,
         "parameters": shape.parameters,
+        "resident_mb": round(machine.resident / MB),
         "predicted": {
-            "peak_mb": round((row.memory.peak if machine.kind == "cpu" else row.memory.allocated) / MB),
+            "peak_mb": round(peak / MB),
             "step_seconds": float(f"{row.step_seconds:.4g}"),
+            "rehearsed": row.rehearsed,
             "moment": row.memory.moment,
             "terms_mb": {name: round(size / MB) for name, size in row.memory.terms.items()},
         },
     }
+
+
+def products_of(recipe: Recipe, precision: str, grown: bool, device: Any) -> Products | None:
+    """What this training multiplies, countable; None for a model whose shape is not known."""
+    from ..errors import ModelError
+    from ..model.methods.cost import with_embeddings
+    from ..plan.machine import Probe
+    from ..plan.planner import first_budget
+    from ..plan.products import Products
+
+    try:
+        shape = _shape(recipe)
+    except ModelError:
+        return None
+    cost = recipe.method.cost(shape)
+    cost = with_embeddings(cost, shape) if grown else cost
+    return Products(shape, cost, precision, Probe(device.type), first_budget(recipe.train, device.type))
+
+
+def told_speed(progress: Progress, products: Products | None, ranks: int) -> tuple[dict[str, Any], str]:
+    """What the counters of a training say about its speed: for run.json, and as one line for people."""
+    seconds = max(progress.seconds, 1e-9)
+    figures: dict[str, Any] = {
+        "waited_for_data": float(f"{progress.waited / seconds:.3g}"),
+        "padding": float(f"{progress.padding / max(1, progress.tokens + progress.padding):.3g}"),
+    }
+    if products and progress.tokens:
+        did = (progress.tokens / ranks, progress.supervised / ranks, progress.pairs / ranks)
+        again = progress.recomputed / progress.tokens
+        counts = products.count(*did, again).values()
+        flops, least = sum(one.flops for one in counts), sum(one.seconds for one in counts)
+        figures |= {
+            "flops_per_second": float(f"{flops / seconds:.4g}"),
+            "matmul_peak": float(f"{flops / least:.4g}"),
+            "recomputed": float(f"{products.recomputed(*did, again):.3g}"),
+        }
+        each = " a rank" if ranks > 1 else ""
+        line = f"{flops / seconds / 1e9:,.0f} GFLOP/s{each}, {100 * least / seconds:.0f} % of the measured matmul peak"
+    else:
+        line = "share of the matmul peak not known for this model"
+    return figures, f"speed: {line}; {100 * figures['waited_for_data']:.1f} % of the time waiting for data"
 
 
 def told_against_plan(directory: RunDir, forecast: Any, before_mb: int, device: Any, whole: bool) -> str:

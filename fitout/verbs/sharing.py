@@ -94,7 +94,7 @@ def _by_memory(recipe: Recipe, method: Any, group: Backend, part: Any, precision
     work_at = _work_at(recipe, _batches(recipe, part))
 
     def runs(stage: int) -> bool:
-        setup = setup_of(recipe.train, precision, machine.kind, devices=group.ranks, stage=stage)
+        setup = setup_of(recipe.train, precision, machine, devices=group.ranks, stage=stage)
         return look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine).can_run
 
     return "fsdp" if not runs(0) and runs(3) else "ddp"

@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..files import staged_folder
 from ..rundir import RunDir
 from .delivering import describe_trained
-from .planning import forecast_run, tell_sharing, told_against_plan
+from .planning import forecast_run, products_of, tell_sharing, told_against_plan, told_speed
 from .preparing import prepare_data
 from .sharing import backend_for, require_shared, tell_idle_devices
 from .working import Screen, base_name, chat_of, comparable, hardware, hub_source
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
     from ..train.loop import Progress
 
 
-def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool) -> None:
-    """From prepared data to trained weights in adapter/ or model/, on all ranks that were started."""
+def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool, profile: bool = False) -> None:
+    """From prepared data to trained weights in adapter/ or model/, on all ranks that were started. `profile`: some
+    steps say where their time goes."""
     from ..model.precision import best_device
     from ..train.backend import Backend
 
     with Backend(best_device()) as group:
-        _train_model(recipe, directory, screen, group, resume=resume)
+        _train_model(recipe, directory, screen, group, resume=resume, profile=profile)
 
 
-def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backend, *, resume: bool) -> None:
+def _train_model(
+    recipe: Recipe, directory: RunDir, screen: Screen, group: Backend, *, resume: bool, profile: bool
+) -> None:
     import torch
 
     from ..data.batches import Batches
@@ -40,11 +43,12 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
     from ..model.fuse import fuse
     from ..model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
     from ..model.methods.base import count, raise_to_fp32, trainable
-    from ..model.precision import decide
+    from ..model.precision import decide, use_threads
     from ..objectives import create
     from ..train.listeners import make_listeners
     from ..train.loop import Job, fit, memory_mb
     from ..train.optim import optimizer_notes
+    from ..train.profile import Profile
 
     chat = chat_of(recipe)
     parts = resolve(recipe.model.base)
@@ -57,8 +61,11 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
         )
     device = group.device
     kind = directory.read_status().get("precision")  # a run keeps the precision it began with
+    width = hidden_width(load_config(parts.base, **hub_source(recipe)))
+    few = use_threads(width, device)
+    if few:
+        screen.say(few)
     if kind is None:
-        width = hidden_width(load_config(parts.base, **hub_source(recipe)))
         precision = decide(recipe.train.precision, device, width=width)
         screen.say(f"computing in {precision.kind} on {device.type}: {precision.why}")
         kind = precision.kind
@@ -118,6 +125,7 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
     for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
         screen.say(note)
     tell_sharing(batches, total, screen)
+    products = products_of(recipe, kind, chat.grown, device)
     job = Job(
         model=model,
         method=method,
@@ -130,6 +138,7 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
         run=directory,
         identity=_identity(recipe, prepared, parts.base, kind),
         info={"name": recipe.name, "recipe": recipe.model_dump(mode="json"), "device": str(device), "precision": kind},
+        profile=Profile(directory, products, device) if profile and backend.main else None,
     )
     if backend.main:
         directory.update_status(
@@ -142,16 +151,17 @@ def _train_model(recipe: Recipe, directory: RunDir, screen: Screen, group: Backe
         progress = fit(job, backend, listeners, resume=resume)
     if backend.main:
         _save_trained(recipe, directory, method, model, chat)
+        speed, speed_line = told_speed(progress, products, backend.ranks)
         directory.update_status(
             reached="trained",
             trained_steps=total,
-            training=_figures(progress, time.time() - started, trained, whole),
+            training=_figures(progress, time.time() - started, trained, whole) | speed,
         )
         describe_trained(recipe, directory)
-        for line in _told(progress, directory):
+        for line in (*_told(progress), speed_line):
             screen.say(line)
         if forecast:
-            screen.say(told_against_plan(directory, forecast, before_mb, device, whole=not resumed))
+            screen.say(told_against_plan(directory, forecast, before_mb, device, whole=not resumed and not profile))
     backend.close()
 
 
@@ -258,7 +268,7 @@ def _figures(progress: Progress, seconds: float, trained: int, whole: int) -> di
     }
 
 
-def _told(progress: Progress, directory: RunDir) -> list[str]:
+def _told(progress: Progress) -> list[str]:
     lines = [
         f"trained {progress.step:,} steps, {progress.supervised:,} supervised of {progress.tokens:,} tokens, "
         f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s"

@@ -83,6 +83,7 @@ def test_weights_that_cannot_fit_are_refused_before_loading(tmp_path, home, monk
 def test_a_run_that_may_not_fit_is_warned(tmp_path, home, monkeypatch):
     rows(tmp_path / "rows.jsonl")
     path = recipe(tmp_path)
+    monkeypatch.setattr(machine, "resident", lambda: 400 * 2**20)
     need = json.loads(fitout("plan", path, "--json", cwd=tmp_path).out)["chosen"]["memory"]
     little = need["terms_mb"]["framework"] + need["terms_mb"]["weights"] + 1
     monkeypatch.setattr(machine, "free_memory", lambda: int(little * 2**20))

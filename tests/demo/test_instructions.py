@@ -92,6 +92,24 @@ def test_every_relation_is_trained_and_tested_in_both_languages(tests):
             assert tested[language, relation] >= 5, (language, relation)
 
 
+def test_the_questions_to_choose_by_are_not_the_tests(tests):
+    others = instructions.other_items()
+    asked = {(item.relation, item.subject, item.language) for item in others}
+    assert len(others) > 400 and not asked & {(row["relation"], row["subject"], row["language"]) for row in tests}
+    trained = {item.subject for part in instructions.training_items().values() for item in part}
+    assert not {item.subject for item in others} & trained
+
+
+def test_every_fact_of_the_trained_half_is_asked_about():
+    """But for sums: a part of them is enough."""
+    asked = {
+        (item.language, item.relation, item.subject) for part in instructions.training_items().values() for item in part
+    }
+    known = {(item.language, item.relation, item.subject) for item in instructions.items(0, held_out=False)}
+    missed = [key for key in known - asked if key[1] not in ("sum", "difference")]
+    assert len(missed) <= 3  # what is left over when talks of four are filled in one language
+
+
 def test_answers_are_right(tests):
     known = {(f.relation, f.subject, f.language): f for f in world.facts()}
     for row in tests:
@@ -135,7 +153,7 @@ def test_duplicates_do_not_cross_the_files(questions, conversations):
 
 def test_kinds_of_conversations(conversations):
     assert sum(m[0]["role"] == "system" for m in conversations) == 20
-    assert sum([message["role"] for message in m] == ["user", "assistant"] * 2 for m in conversations) == 20
+    assert sum([message["role"] for message in m] == ["user", "assistant"] * 4 for m in conversations) == 80
     chinese = sum(not m[-2]["content"].isascii() for m in conversations)
     assert chinese > len(conversations) / 2
 

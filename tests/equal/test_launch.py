@@ -71,7 +71,7 @@ def test_a_hung_rank_ends_all_and_leaves_stacks(tmp_path):
     ranks = ranks_of(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)
     _, told = process.communicate(timeout=180)
-    assert process.returncode == 1 and "a rank hung; all were ended" in told, told
+    assert process.returncode == 1 and "a rank hung" in told, told
     stacks = (run / "stacks" / "rank-0.txt").read_text()
     assert "all_reduce" in stacks and "backend.py" in stacks  # where it waited for the other
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())

@@ -90,7 +90,7 @@ def make_job(folder, kind, **more):
 
 
 def outcome(job, progress):
-    told = {k: v for k, v in vars(progress).items() if k != "seconds"}
+    told = {k: v for k, v in vars(progress).items() if k not in ("seconds", "waited")}
     return losses(job.run.log), told, trained_tensors(job.model) | job.method.state(job.model)
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fitout.model import methods
-from fitout.model.methods import METHODS, FullSettings, LoraSettings, cost
+from fitout.model.methods import (
+    METHODS,
+    AdapterSettings,
+    DoraSettings,
+    FullSettings,
+    LoraSettings,
+    SparseSettings,
+    cost,
+)
 from fitout.model.methods.base import count, trainable
 from fitout.model.shape import shape_of
 from tests.conftest import tiny_llama
@@ -22,17 +32,30 @@ LLAMA_7B = shape_of(
 
 @pytest.mark.parametrize(
     "settings",
-    [FullSettings(), LoraSettings(rank=3), LoraSettings(rank=5, targets=["q_proj", "v_proj"]),
-     LoraSettings(rank=2, targets=["mlp.down_proj"])],
+    [FullSettings(), FullSettings(last_layers=1), FullSettings(freeze=["*norm*", "model.layers.0"]),
+     FullSettings(freeze=["model.embed_tokens", "lm_head"]), FullSettings(last_layers=2, freeze=["*.mlp"]),
+     LoraSettings(rank=3), LoraSettings(rank=5, targets=["q_proj", "v_proj"]),
+     LoraSettings(rank=2, targets=["mlp.down_proj"]), LoraSettings(rank=4, rank_pattern={"q_proj": 2, r"mlp\..*": 6}),
+     LoraSettings(rank=4, train_also=["norm", "lm_head"]), LoraSettings(rank=4, targets=["q_proj", "lm_head"]),
+     DoraSettings(rank=3), DoraSettings(rank=3, targets=["o_proj"]),
+     AdapterSettings(style="pfeiffer", reduction=4), AdapterSettings(style="houlsby", reduction=3),
+     AdapterSettings(style="parallel", reduction=8), SparseSettings(density=0.02),
+     SparseSettings(density=0.001, targets=["q_proj", "down_proj"])],
+    ids=lambda settings: f"{settings.kind} {settings.model_dump(exclude_defaults=True)}",
 )  # fmt: skip
-def test_trained_numbers_are_the_methods_own(settings):
-    model = tiny_llama()
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_numbers_are_the_methods_own(settings, tied):
+    shape, model = replace(TINY, tied=tied), tiny_llama(tied=tied)
     base = sum(p.numel() for p in model.parameters())
     methods.create(settings).apply(model)
-    found = settings.cost(TINY)
-    assert TINY.parameters == base
+    found = settings.cost(shape)
+    assert shape.parameters == base
     assert found.trained == count(trainable(model))
     assert found.added == sum(p.numel() for p in model.parameters()) - base
+    assert found.frozen_base == (settings.kind != "full")
+    head = model.get_output_embeddings()
+    assert found.trains_head == getattr(head, "base", head).weight.requires_grad
+    assert found.whole_logits == hasattr(head, "base")
 
 
 def test_every_method_has_a_cost():
@@ -46,7 +69,7 @@ def test_freezing():
     assert cost.full(TINY).trained == 2 * layer + 2 * head + 32
     top = cost.full(TINY, last_layers=1)
     assert top.trained == layer + 32 + head and top.layers == 1 and top.trains_head
-    no_embedding = cost.full(TINY, freeze=["embed_tokens"])
+    no_embedding = cost.full(TINY, freeze=["model.embed_tokens"])
     assert no_embedding.trained == 2 * layer + head + 32
     only_attention = cost.full(TINY, freeze=["*mlp*", "model.embed_tokens.weight", "lm_head*"])
     assert only_attention.weight_gradients == 2 * (32 * 32 * 2 + 2 * 32 * 16)

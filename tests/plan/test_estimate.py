@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ import torch
 
 from fitout.layout import Layout, Segment
 from fitout.model import methods
-from fitout.model.methods import FullSettings, LoraSettings, cost
+from fitout.model.load import load_base
+from fitout.model.methods import (
+    AdapterSettings,
+    DoraSettings,
+    FullSettings,
+    LoraSettings,
+    QloraSettings,
+    SparseSettings,
+    cost,
+)
 from fitout.model.shape import shape_of
 from fitout.objectives.base import token_losses
 from fitout.plan.estimate import MB, Setup, base_bytes, kept_bytes, layer_bytes, memory, seconds, sharded
@@ -25,7 +35,7 @@ LLAMA_13B = shape_of(
 )  # fmt: skip
 
 
-def saved_bytes(settings, precision: str, layers: int, tokens: int = 64) -> int:
+def saved_bytes(settings, precision: str, layers: int, tokens: int) -> int:
     """What autograd keeps between forward and backward, by hooks on every saved tensor; parameters left out."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,17 +43,24 @@ def saved_bytes(settings, precision: str, layers: int, tokens: int = 64) -> int:
     from fitout.model.fuse import fuse
 
     register()
+    method = methods.create(settings)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers, attn_implementation=NAME))
-    frozen = settings.kind != "full"
-    model = model.to(torch.bfloat16) if frozen and precision == "bf16" else model
-    methods.create(settings).apply(model)
+    frozen = method.frozen_base
+    dtype = torch.bfloat16 if frozen and precision == "bf16" else torch.float32
+    with tempfile.TemporaryDirectory() as folder:  # 4-bit weights are made while loading
+        model.save_pretrained(folder)
+        model = load_base(folder, dtype=dtype, extra=method.load_kwargs(dtype))
+    method.apply(model)
+    method.begin(model, iter)
     fuse(model)
+    model.train()
     first = Segment(0, 20)
     layout = Layout(
         np.arange(tokens) % 53, np.r_[np.arange(20), np.arange(tokens - 20)], (first, Segment(20, tokens)),
         np.arange(3), np.arange(3), np.ones(3, np.float32), np.zeros(3, np.int64),
     )  # fmt: skip
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    held = [*model.parameters(), *model.buffers()]
+    own, kept = {tensor.untyped_storage().data_ptr() for tensor in held}, {}
 
     def note(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
@@ -60,19 +77,38 @@ def saved_bytes(settings, precision: str, layers: int, tokens: int = 64) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "settings",
-    [FullSettings(), LoraSettings(rank=3), LoraSettings(rank=3, targets=["q_proj", "v_proj", "down_proj"])],
-    ids=["full", "lora", "lora of some"],
-)
+    [
+        FullSettings(), LoraSettings(rank=3),
+        LoraSettings(rank=3, targets=["q_proj", "v_proj", "down_proj"]), LoraSettings(rank=2, init="pissa"),
+        DoraSettings(rank=3), DoraSettings(rank=3, targets=["o_proj", "gate_proj"]), QloraSettings(rank=3),
+        QloraSettings(rank=3, dora=True, targets=["q_proj", "down_proj"]),
+        AdapterSettings(style="pfeiffer", reduction=4),
+        AdapterSettings(style="houlsby", reduction=4, activation="silu"),
+        AdapterSettings(style="parallel", reduction=8, scale=2), SparseSettings(density=0.02, select="random"),
+        SparseSettings(density=0.05, select="random", targets=["q_proj", "down_proj"]),
+    ],
+    ids=lambda settings: f"{settings.kind} {settings.model_dump(exclude_defaults=True, exclude={'kind'})}",
+)  # fmt: skip
 def test_what_a_layer_keeps_is_what_autograd_saves(settings, precision):
-    """Exactly, for a shape the constants were not read from. After a change of what the forward keeps:
+    """Exactly, for each token, for a shape the constants were not read from. After a change of what the forward keeps:
     python -m benchmarks.planner_kept."""
     shape = shape_of({"model_type": "llama", **SIZES, "num_hidden_layers": 1})
-    one, three = (saved_bytes(settings, precision, layers) for layers in (1, 3))
-    saved = (three - one) / 2
-    if settings.kind == "full" and precision == "bf16":
-        saved -= 2 * shape.layer_weights  # copies of the weights, which the plan counts as weights
-    predicted = 64 * layer_bytes(shape, settings.cost(shape), Setup(precision))
-    assert predicted == pytest.approx(saved, rel=1e-6)
+    each = [
+        (saved_bytes(settings, precision, 4, tokens) - saved_bytes(settings, precision, 2, tokens)) / 2
+        for tokens in (64, 128)
+    ]  # of a layer; the first keeps less where nothing before it is trained
+    predicted = layer_bytes(shape, settings.cost(shape), Setup(precision))
+    assert predicted == pytest.approx((each[1] - each[0]) / 64, rel=1e-6)
+    once = each[0] - 64 * predicted  # copies of weights, norms, factors: small
+    weights = shape.layer_weights * (2 if settings.kind == "full" and precision == "bf16" else 0)
+    assert 0 <= once - weights < 4 * (settings.cost(shape).trained + 4 * 396)
+
+
+def test_frozen_attention_keeps_no_input_of_its_own():
+    shape = shape_of({"model_type": "llama", **SIZES, "num_hidden_layers": 1})
+    settings = FullSettings(freeze=["*.self_attn"])
+    four, two = (saved_bytes(settings, "fp32", layers, 64) for layers in (4, 2))
+    assert 64 * layer_bytes(shape, settings.cost(shape), Setup("fp32")) == (four - two) / 2
 
 
 def test_kept_bytes_of_recomputing():
@@ -167,9 +203,9 @@ def test_steps_are_averaged():
     small, large = MicroBatch(100, 50, (100,), 5050), MicroBatch(300, 150, (300,), 45150)
     lora = cost.lora(LLAMA_13B, rank=8)
     times = [
-        seconds(LLAMA_13B, lora, Setup("bf16"), Work((step,), 1, 1, 300, 1, 1), Fixed())
+        seconds(LLAMA_13B, lora, Setup("bf16", "cuda"), Work((step,), 1, 1, 300, 1, 1), Fixed())
         for step in ((small,), (large,))
     ]
-    both = seconds(LLAMA_13B, lora, Setup("bf16"), Work(((small,), (large,)), 2, 2, 300, 2, 2), Fixed())
+    both = seconds(LLAMA_13B, lora, Setup("bf16", "cuda"), Work(((small,), (large,)), 2, 2, 300, 2, 2), Fixed())
     assert both == pytest.approx(sum(times) / 2)
     assert memory(LLAMA_13B, lora, Setup("bf16"), Work(((small,), (large,)), 2, 2, 300, 2, 2)).peak / MB > 1000

@@ -23,10 +23,18 @@ if TYPE_CHECKING:
     from .cost import Cost
 
 
-class FullSettings(BaseModel):
-    """Every weight is trained, or all but a part that is named."""
+class _Settings(BaseModel):
+    """What the settings of all methods have; each has `kind`, `default_lr` and `cost(shape)` besides."""
 
     model_config = ConfigDict(extra="forbid")
+
+    def in_layers(self, layers: int) -> Self:
+        """The same for a model that has so few layers, all else alike."""
+        return self
+
+
+class FullSettings(_Settings):
+    """Every weight is trained, or all but a part that is named."""
 
     kind: Literal["full"] = "full"
     freeze: list[str] = Field(
@@ -48,11 +56,13 @@ class FullSettings(BaseModel):
 
         return cost.full(shape, freeze=self.freeze, last_layers=self.last_layers)
 
+    def in_layers(self, layers: int) -> Self:
+        last = None if self.last_layers is None else min(self.last_layers, layers)
+        return self.model_copy(update={"last_layers": last})
 
-class LowRankSettings(BaseModel):
+
+class LowRankSettings(_Settings):
     """What LoRA and its kin have in common: which layers, how wide, how scaled, how begun."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rank: int = Field(8, ge=1, description="width of the low-rank path")
     alpha: float = Field(32, gt=0, description="the path is scaled by alpha / rank")
@@ -95,6 +105,7 @@ class LowRankSettings(BaseModel):
             "targets": self.targets,
             "rank_pattern": self.rank_pattern,
             "train_also": self.train_also,
+            "decomposed": self.init in ("pissa", "olora"),
         }
 
 
@@ -131,17 +142,15 @@ class QloraSettings(LowRankSettings):
     def cost(self, shape: Shape) -> Cost:
         from . import cost
 
-        return cost.qlora(shape, double_quant=self.double_quant, decomposed=self.dora, **self._sizes())
+        return cost.qlora(shape, double_quant=self.double_quant, magnitudes=self.dora, **self._sizes())
 
 
-class AdapterSettings(BaseModel):
+class AdapterSettings(_Settings):
     """Bottleneck adapters: small trained networks inside each decoder layer; nonlinear, so they cannot be merged.
 
     houlsby: after attention and after feed-forward (arXiv 1902.00751); pfeiffer: after feed-forward (arXiv 2005.00247);
     parallel: beside feed-forward, scaled (arXiv 2110.04366).
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["adapter"] = "adapter"
     style: Literal["houlsby", "pfeiffer", "parallel"] = Field("pfeiffer", description="where the networks sit")
@@ -162,13 +171,11 @@ class AdapterSettings(BaseModel):
     def cost(self, shape: Shape) -> Cost:
         from . import cost
 
-        return cost.adapter(shape, style=self.style, reduction=self.reduction)
+        return cost.adapter(shape, style=self.style, reduction=self.reduction, activation=self.activation)
 
 
-class SparseSettings(BaseModel):
+class SparseSettings(_Settings):
     """A small share of the base's own entries is trained; the rest stays as it is. Merges exactly."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["sparse"] = "sparse"
     density: float = Field(0.01, ge=0.001, le=0.05, description="share of each layer's entries that is trained")
@@ -194,11 +201,9 @@ class SparseSettings(BaseModel):
         return cost.sparse(shape, density=self.density, targets=self.targets)
 
 
-class AutoSettings(BaseModel):
+class AutoSettings(_Settings):
     """The planner chooses: the best method that fits the memory at hand and the amount of data. The choice and its
     reasons are told, and recorded in the run's recipe in place of this."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["auto"] = "auto"
 

@@ -33,13 +33,14 @@ class Cost:
 
     For the backward pass, a token and layer: `reads` names the inputs of linear layers that are kept (see Linear),
     `kept` counts further numbers in the compute dtype. Both hold in the `layers` topmost layers, those that the
-    backward pass goes through.
+    backward pass goes through. `whole_logits`: the head is not a plain matrix, so all targets' logits stand at once.
 
     Arithmetic: `weight_gradients` numbers of the linear matrices get a gradient of their own; `thin_flops` a token in
     the method's own narrow products, forward and backward, over all layers; `calls` narrow products a layer, forward
     and backward counted once; `call_flops` and `call_numbers` a micro-batch in what does not depend on its tokens
     (norms of weights, unpacking 4-bit weights). `transient` numbers, in the compute dtype, of the largest matrix that
-    is formed anew while a layer is computed.
+    is formed anew while a layer is computed. `libraries` bytes are taken in main memory by packages that the method
+    alone needs.
     """
 
     trained: int
@@ -51,25 +52,31 @@ class Cost:
     extra_bytes: int = 0
     reads: frozenset[str] = frozenset()
     kept: int = 0
+    whole_logits: bool = False
     weight_gradients: int = 0
     trains_head: bool = False
+    embedding: bool = False  # the input embedding is trained: the backward pass goes down to it
     thin_flops: int = 0
     calls: int = 0
     call_flops: int = 0
     call_numbers: int = 0
     transient: int = 0
+    libraries: int = 0
+
+
+BITSANDBYTES = 45_000_000  # bytes that importing it takes (measured)
 
 
 def full(shape: Shape, *, freeze: Sequence[str] = (), last_layers: int | None = None) -> Cost:
-    """Every parameter, but for those whose name matches a pattern of `freeze` (or has it as a part), and with
-    `last_layers` only the topmost layers, the final norm and the head."""
+    """Every parameter, but for those that a pattern of `freeze` names (by themselves or by a module around them), and
+    with `last_layers` only the topmost layers, the final norm and a head that is not the embedding."""
     first = shape.layers - last_layers if last_layers is not None else 0
     names = {
         name: size
         for name, size in shape.tensors()
-        if not any(fnmatchcase(name, pattern) or pattern in name for pattern in freeze)
+        if not any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in freeze)
         and (last_layers is None or _layer(name) is None or _layer(name) >= first)  # type: ignore[operator]
-        and not (last_layers is not None and name == "model.embed_tokens.weight" and not shape.tied)
+        and not (last_layers is not None and name == "model.embed_tokens.weight")
     }
     trained_layers = [layer for name in names if (layer := _layer(name)) is not None]
     embedding = "model.embed_tokens.weight" in names
@@ -88,6 +95,7 @@ def full(shape: Shape, *, freeze: Sequence[str] = (), last_layers: int | None = 
         reads=frozenset(reads),
         weight_gradients=gradients,
         trains_head="lm_head.weight" in names or (shape.tied and embedding),
+        embedding=embedding and last_layers is None,
     )
 
 
@@ -98,43 +106,55 @@ def lora(
     targets: Targets = "all-linear",
     rank_pattern: Mapping[str, int] | None = None,
     train_also: Sequence[str] = (),
+    decomposed: bool = False,
 ) -> Cost:
     """A and B of rank r beside each targeted matrix (Hu et al., arXiv 2106.09685): r (in + out) numbers, 6 FLOPs each a
-    token; x A^T is kept. The input of the layer
-    after a gated product is not: it is formed again (model/fuse.py)."""
-    chosen = [(linear, _rank_of(linear, rank_pattern or {}, rank)) for linear in targeted(shape, targets)]
+    token; x A^T is kept. The input of the layer after a gated product is not: it is formed again (model/fuse.py).
+    `decomposed`: what A and B began as (PiSSA, OLoRA) is kept beside them and computed with."""
+    chosen = [(linear, _rank_of(linear.path, rank_pattern or {}, rank)) for linear in targeted(shape, targets)]
     numbers = sum(r * (linear.inputs + linear.outputs) for linear, r in chosen)
+    head = _rank_of("lm_head", rank_pattern or {}, rank) if "lm_head" in targets and targets != "all-linear" else 0
+    added = shape.layers * numbers + head * (shape.hidden + shape.vocab)
+    ends = [_named(name, train_also) for name in ("model.embed_tokens.weight", "lm_head.weight")]
     also = sum(size for name, size in shape.tensors() if _named(name, train_also))
-    head = _named("lm_head.weight", train_also) or (shape.tied and _named("model.embed_tokens.weight", train_also))
+    also += shape.head_weights if shape.tied and ends == [False, True] else 0  # one weight under two names
+    times = 2 if decomposed else 1
     return Cost(
-        trained=shape.layers * numbers + also,
+        trained=added + also,
         layers=shape.layers,
-        added=shape.layers * numbers,
+        added=added,
+        extra_bytes=4 * added * (times - 1),
         reads=frozenset(linear.reads for linear, _ in chosen) - {"down"},
-        kept=sum(r for _, r in chosen),
-        trains_head=head,
-        thin_flops=6 * shape.layers * numbers,
+        kept=times * sum(r for _, r in chosen),
+        trains_head=ends[1] or (shape.tied and ends[0]),
+        embedding=ends[0] or (shape.tied and ends[1]),
+        whole_logits=head > 0,
+        thin_flops=times * 6 * shape.layers * numbers,
         calls=5 * len(chosen),
     )
 
 
-def _rank_of(linear: Linear, pattern: Mapping[str, int], rank: int) -> int:
+def _rank_of(path: str, pattern: Mapping[str, int], rank: int) -> int:
     """The first pattern that matches the end of the name, as PEFT reads them; patterns of single layers do not."""
-    return next((r for p, r in pattern.items() if re.fullmatch(rf"(.*\.)?({p})", linear.path)), rank)
+    return next((r for p, r in pattern.items() if re.fullmatch(rf"(.*\.)?({p})", path)), rank)
+
+
+KEPT_ANYWAY = {"v_proj", "gate_proj", "up_proj"}  # outputs that attention and the gated product keep themselves
 
 
 def dora(shape: Shape, *, rank: int, targets: Targets = "all-linear", **more) -> Cost:
     """LoRA and a magnitude for each output (Liu et al., arXiv 2402.09353); the columns' norms of W + s B A are formed
     anew in every forward, and the outputs before the magnitude are kept for its gradient."""
     base = lora(shape, rank=rank, targets=targets, **more)
+    head = shape.vocab if base.whole_logits else 0
     chosen = targeted(shape, targets)
     outputs, weights = sum(linear.outputs for linear in chosen), sum(linear.weights for linear in chosen)
     return replace(
         base,
-        trained=base.trained + shape.layers * outputs,
-        added=base.added + shape.layers * outputs,
+        trained=base.trained + shape.layers * outputs + head,
+        added=base.added + shape.layers * outputs + head,
         reads=frozenset(linear.reads for linear in chosen),
-        kept=base.kept + outputs,
+        kept=base.kept + sum(linear.outputs for linear in chosen if linear.name not in KEPT_ANYWAY),
         calls=base.calls + 3 * len(chosen),
         call_flops=2 * rank * shape.layers * weights,
         call_numbers=2 * shape.layers * weights,
@@ -147,13 +167,13 @@ def qlora(
     *,
     rank: int,
     double_quant: bool = True,
-    decomposed: bool = False,
+    magnitudes: bool = False,
     targets: Targets = "all-linear",
     **more,
 ) -> Cost:
     """LoRA over a base whose linear layers are stored in 4 bits (Dettmers et al., arXiv 2305.14314) and unpacked, one
     at a time, forward and backward. Embeddings, head and norms keep the compute dtype."""
-    base = (dora if decomposed else lora)(shape, rank=rank, targets=targets, **more)
+    base = (dora if magnitudes else lora)(shape, rank=rank, targets=targets, **more)
     return replace(
         base,
         quantised=shape.linear_weights,
@@ -161,6 +181,7 @@ def qlora(
         quantised_bytes=four_bit_bytes(double_quant),
         call_numbers=base.call_numbers + 2 * shape.linear_weights,
         transient=max(linear.weights for linear in shape.linears),
+        libraries=BITSANDBYTES,
     )
 
 
@@ -170,7 +191,7 @@ def four_bit_bytes(double_quant: bool) -> float:
     return 0.5 + scale / NF4_BLOCK
 
 
-def adapter(shape: Shape, *, style: str = "pfeiffer", reduction: float = 16) -> Cost:
+def adapter(shape: Shape, *, style: str = "pfeiffer", reduction: float = 16, activation: str = "relu") -> Cost:
     """Bottlenecks of width hidden / reduction with biases: two a layer (Houlsby et al., arXiv 1902.00751), one after
     the feed-forward (Pfeiffer et al., arXiv 2005.00247) or beside it (He et al., arXiv 2110.04366)."""
     places = 2 if style == "houlsby" else 1
@@ -183,7 +204,7 @@ def adapter(shape: Shape, *, style: str = "pfeiffer", reduction: float = 16) -> 
         layers=shape.layers,
         added=shape.layers * numbers,
         reads=reads,
-        kept=own_inputs + 2 * places * narrow,
+        kept=own_inputs + (1 if activation == "relu" else 2) * places * narrow,  # relu keeps its result alone
         thin_flops=6 * shape.layers * places * 2 * shape.hidden * narrow,
         calls=6 * places,
     )
@@ -210,7 +231,7 @@ def sparse(shape: Shape, *, density: float, targets: Targets = "all-linear", ind
 def with_embeddings(cost: Cost, shape: Shape) -> Cost:
     """`cost` when tokens were added to the vocabulary: embeddings and head are trained too, so the base stays fp32."""
     also = shape.head_weights * (1 if shape.tied else 2)
-    return replace(cost, trained=cost.trained + also, frozen_base=False, trains_head=True)
+    return replace(cost, trained=cost.trained + also, frozen_base=False, trains_head=True, embedding=True)
 
 
 def targeted(shape: Shape, targets: Targets) -> list[Linear]:
