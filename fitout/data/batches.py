@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import lru_cache
 from hashlib import blake2b
+from threading import RLock
 
 import numpy as np
 
@@ -27,7 +28,7 @@ UNFINISHED = 16  # steps that wait for a group of the right size
 
 
 class Batches:
-    """The steps of a training run over one part of the prepared data."""
+    """The steps of a training run over one part of the prepared data. May be asked from several threads."""
 
     def __init__(
         self,
@@ -53,10 +54,15 @@ class Batches:
         self._examples = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]  # a conversation's samples
         self._groups = _same_prompt(part, starts)  # also without packing: steps are the same ones
         self._epoch_starts = [0]  # the first step of each epoch, as far as it was needed
+        self._lock = RLock()  # of what is found out step by step
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one object a run
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of each step of an epoch."""
+        with self._lock:
+            return self._cut(epoch)
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one object a run
+    def _cut(self, epoch: int) -> list[np.ndarray]:
         shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self._groups))
         groups = [self._groups[at] for at in shuffled]
         if self.batch_tokens is None:
@@ -89,10 +95,11 @@ class Batches:
         return len(self._epoch(epoch))
 
     def _start_of(self, epoch: int) -> int:
-        while len(self._epoch_starts) <= epoch:
-            done = len(self._epoch_starts) - 1
-            self._epoch_starts.append(self._epoch_starts[-1] + len(self._epoch(done)))
-        return self._epoch_starts[epoch]
+        with self._lock:
+            while len(self._epoch_starts) <= epoch:
+                done = len(self._epoch_starts) - 1
+                self._epoch_starts.append(self._epoch_starts[-1] + len(self._epoch(done)))
+            return self._epoch_starts[epoch]
 
     def epoch_of(self, step: int) -> tuple[int, int]:
         """(epoch, step within it), both from 0."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +47,62 @@ class JsonLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Aside:
+    """A listener that works in a thread of its own, so that no step waits for it.
+
+    What it raises is raised once, with the next row or at the end, and it is left alone from then on. A start is waited
+    for, since it may say that the run must not begin, unless `later`: then its imports are not waited for either.
+    """
+
+    def __init__(self, inner: Listener, *, later: bool = False):
+        self.inner, self.later = inner, later
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"fitout-{type(inner).__name__}", daemon=True)
+        self._failed = False
+        self._error: BaseException | None = None
+
+    def start(self, info: dict[str, Any]) -> None:
+        begun = threading.Event()
+
+        def begin() -> None:
+            try:
+                self.inner.start(info)
+            finally:
+                begun.set()
+
+        self._jobs.put(begin)
+        self._thread.start()
+        if not self.later:
+            begun.wait()
+            self._raise()
+
+    def row(self, row: dict[str, Any]) -> None:
+        self._raise()
+        self._jobs.put(lambda: self.inner.row(row))
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        if self._thread.ident is None:  # never started: another listener could not be
+            return
+        self._jobs.put(self.inner.close)
+        self._jobs.put(None)
+        self._thread.join()
+        self._raise()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if not self._failed:
+                try:
+                    job()
+                except BaseException as error:
+                    self._failed, self._error = True, error
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
 
 class TensorBoard:
@@ -197,8 +255,8 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 def make_listeners(names: Sequence[str], run: RunDir, say: Callable[[str], None]) -> list[Listener]:
     """log.jsonl, and what the recipe names; `say` tells people of a service that is lost on the way."""
     made: dict[str, Listener] = {
-        "tensorboard": TensorBoard(run.tensorboard),
-        "wandb": Service(WandB(run), say),
-        "mlflow": Service(MLflow(run), say),
+        "tensorboard": Aside(TensorBoard(run.tensorboard), later=True),
+        "wandb": Aside(Service(WandB(run), say)),
+        "mlflow": Aside(Service(MLflow(run), say)),
     }
     return [JsonLog(run.log), *(made[name] for name in names)]

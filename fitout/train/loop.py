@@ -20,6 +20,7 @@ from ..model.parts import DATA, part
 from ..objectives.base import Objective
 from ..rundir import RunDir
 from . import FIRST_BUDGET, TrainSettings
+from .ahead import Ahead
 from .backend import Backend
 from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, StopRequest, is_out_of_memory
@@ -95,6 +96,7 @@ def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bo
                     )
         run.finish()
     finally:
+        run.ahead.close()
         if job.profile:
             job.profile.close()
         for listener in run.listeners:
@@ -112,6 +114,7 @@ class _Run:
         self.checkpoints = Checkpoints(job.run.checkpoints)
         self.finite = FiniteGuard()
         self.at = Progress(budget=_first_budget(job.settings, backend))
+        self.ahead = Ahead(self._make_layouts, job.total_steps)
         self.saved_step = -1
         self.recomputed = 0.0  # share of the layers that are computed again in the backward pass
 
@@ -244,11 +247,12 @@ class _Run:
         """What a step computes; how long that was waited for is counted."""
         start = time.perf_counter()
         with part(DATA):
-            layouts = self.job.batches.layouts(
-                index, budget=self.at.budget, rank=self.backend.rank, ranks=self.backend.ranks
-            )
+            layouts = self.ahead.get(index, self.at.budget)
         self.at.waited += time.perf_counter() - start
         return layouts
+
+    def _make_layouts(self, index: int, budget: int) -> list[Layout]:
+        return self.job.batches.layouts(index, budget=budget, rank=self.backend.rank, ranks=self.backend.ranks)
 
     def _step_with_memory(self, index: int) -> StepResult:
         """The step; when memory runs out, the same step again in smaller micro-batches."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from fitout.errors import FitoutError, RequestError
 from fitout.files import read_json, read_jsonl
 from fitout.rundir import RunDir
-from fitout.train.listeners import make_listeners
+from fitout.train.listeners import Aside, make_listeners
 
 INFO = {"name": "mine", "recipe": {"train": {"lr": 0.1}, "data": {"sources": [{"path": "a"}]}}, "from_step": 0}
 STEP = {"step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 5.0, "memory_mb": 3, "epoch": 0.5}
@@ -113,3 +116,76 @@ def test_mlflow_keeps_to_the_run_directory_without_a_server(run, monkeypatch):
         {"train.lr": "0.1", "data.sources": '[{"path": "a"}]'}
     ]
     assert [call[1:] for call in calls if call[0] == "metrics"][1] == (1, {"validation/loss": 1.5})
+
+
+class Slow:
+    """A listener that takes its time, and fails at a step."""
+
+    def __init__(self, fails_at=None):
+        self.seen: list[tuple[str, str]] = []
+        self.fails_at = fails_at
+        self.held = threading.Event()
+
+    def start(self, info):
+        self.note("start")
+
+    def row(self, row):
+        self.held.wait(5)
+        if row["step"] == self.fails_at:
+            raise OSError("no space left")
+        self.note(f"row {row['step']}")
+
+    def close(self):
+        self.note("close")
+
+    def note(self, what):
+        self.seen.append((what, threading.current_thread().name))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_nothing_waits_for_a_listener_aside_and_all_is_written_in_order_by_one_thread(later):
+    slow = Slow()
+    aside = Aside(slow, later=later)
+    aside.start(INFO)
+    began = time.perf_counter()
+    for step in range(1, 40):
+        aside.row({"step": step})
+    assert time.perf_counter() - began < 4  # the first row alone would have taken 5
+    slow.held.set()
+    aside.close()
+    assert [what for what, _ in slow.seen] == ["start", *(f"row {step}" for step in range(1, 40)), "close"]
+    assert {name for _, name in slow.seen} == {"fitout-Slow"}
+    assert "fitout-Slow" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_a_listener_aside_raises_comes_up_once():
+    slow = Slow(fails_at=2)
+    slow.held.set()
+    aside = Aside(slow)
+    aside.start(INFO)
+    for step in (1, 2, 3):
+        with contextlib.suppress(OSError):
+            aside.row({"step": step})
+    with contextlib.suppress(OSError):
+        aside.close()
+    assert [what for what, _ in slow.seen] == ["start", "row 1"]
+
+    slow = Slow(fails_at=1)
+    slow.held.set()
+    aside = Aside(slow)
+    aside.start(INFO)
+    aside.row({"step": 1})
+    with pytest.raises(OSError, match="no space left"):
+        aside.close()
+    aside.close()
+
+
+def test_tensorboard_has_every_number(run):
+    """Read back by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watched(run, "tensorboard", [])
+    read = EventAccumulator(str(run.tensorboard))
+    read.Reload()
+    assert [(one.step, one.value) for one in read.Scalars("train/loss")] == [(1, 2.0)]
+    assert [(one.step, one.value) for one in read.Scalars("validation/loss")] == [(1, 1.5)]
