@@ -114,6 +114,12 @@ def _anchor_paths(recipe: Recipe, folder: Path) -> None:
 
     for source in recipe.data.sources:
         source.path = anchored(source.path)
+    if recipe.data.repairs:
+        recipe.data.repairs = anchored(recipe.data.repairs)
+    if recipe.data.benchmarks:
+        recipe.data.benchmarks.files = [anchored(file) for file in recipe.data.benchmarks.files]
+    if recipe.data.deduplicate.meaning:
+        recipe.data.deduplicate.meaning.model = anchored(recipe.data.deduplicate.meaning.model)
     recipe.model.base = anchored(recipe.model.base)
     if recipe.model.adapter:
         recipe.model.adapter = anchored(recipe.model.adapter)

@@ -343,6 +343,7 @@ class PositionSettings(BaseModel):
 class DataSettings(BaseModel):
     """What to train on, and how it is cut up.
 
+    repairs      file of accepted repairs (`fitout data repair`); by default repairs.jsonl in the run directory
     split_seed   draws the split (and what weights repeat or leave out); train.seed where it is not given. A value of
                  its own keeps the parts the same while train.seed changes
     max_length   tokens a sample may have; `too_long` says what happens to longer ones
@@ -358,6 +359,7 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     sources: list[SourceSettings] = Field(min_length=1)
+    repairs: str | None = None
     split: SplitSettings = SplitSettings()
     split_seed: int | None = Field(default=None, ge=0)
     max_length: int = Field(default=1024, ge=8)

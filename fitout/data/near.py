@@ -19,6 +19,7 @@ BANDS, IN_BAND = 25, 5  # of the signature's 125 values
 BATCH = 256
 ALL_PAIRS = 24  # texts that agree in a band and are all compared with each other; of more, each with two
 LINES = 50  # at the beginning and at the end of a text that are compared by themselves
+SHORT = 20  # shingles
 IN_LINE = 0.6  # of a line's weight that must be found in the other text
 Text = Callable[[int], str]
 
@@ -33,9 +34,13 @@ class Near:
         self.weighed = lru_cache(maxsize=2048)(lambda at: self.weights.weighed(text(at)))
 
     def likeness(self, one: int, other: int) -> float:
-        """Weighted Jaccard index. With `by_line` it is 0 where a line of one has too little in the other: two
-        questions about the same long passage are not twins, alike as they are in all."""
-        value = likeness(self.weighed(one), self.weighed(other))
+        """Weighted Jaccard index. With `by_line` it is 0 where a line of one has too little in the other (two questions
+        about the same long passage are not twins, alike as they are in all), and where texts are so short that a single
+        other character may be what it is about."""
+        first, second = self.weighed(one), self.weighed(other)
+        value = likeness(first, second)
+        if self.by_line and value < 1 and min(len(first.hashes), len(second.hashes)) < SHORT:
+            return 0.0
         if self.by_line and value >= 0.5 and not (self._lines_in(one, other) and self._lines_in(other, one)):
             return 0.0
         return value

@@ -133,7 +133,7 @@ def prepare(
     if ready and ready.fingerprint == made_of:
         return ready, read_json(run.data_report)
     with explain_os_errors(run.data, "write"):
-        work = _Work(run, accepted(run.repairs), progress)
+        work = _Work(run, accepted(repairs_file(settings, run)), progress)
         try:
             with Rows(run.data / ".rows.jsonl.part") as rows:
                 report = _stages(settings, chat, wants, run, seed, work, rows)
@@ -195,11 +195,16 @@ def _fingerprint(settings: DataSettings, chat: Chat, wants: str, seed: int, run:
     for source in settings.sources:
         files = list_files(source, Path()).files
         contents.append([sha256_file(path) for path, _ in files] if files else source.path)
-    left_out: Any = {"packing": True, "split_seed": True, "sources": {"__all__": {"path"}}}  # `seed` is the split's
+    left_out: Any = {
+        "packing": True,
+        "repairs": True,
+        "split_seed": True,
+        "sources": {"__all__": {"path"}},
+    }  # `seed` is the split's
     rules = settings.model_dump(mode="json", exclude=left_out)
     for path in settings.benchmarks.files if settings.benchmarks else ():
         contents.append([sha256_file(file) for file, _ in list_files(SourceSettings(path=path), Path()).files])
-    return fingerprint(7, rules, contents, accepted(run.repairs), chat.fingerprint, wants, seed)
+    return fingerprint(7, rules, contents, accepted(repairs_file(settings, run)), chat.fingerprint, wants, seed)
 
 
 # read, convert, clean
@@ -881,6 +886,10 @@ def summary(report: dict[str, Any]) -> str:
     return (
         f"{report['samples']:,} samples = {kept:,} kept ({parts}) + {quarantined:,} quarantined + {removed:,} removed"
     )
+
+
+def repairs_file(settings: DataSettings, run: RunDir) -> Path:
+    return Path(settings.repairs) if settings.repairs else run.repairs
 
 
 def kept_samples(run: RunDir, part: PartName) -> Iterator[Sample]:

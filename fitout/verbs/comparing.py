@@ -12,7 +12,7 @@ from ..files import read_json
 from ..rundir import RunDir
 from .evaluating import check_retention
 from .preparing import split_seed
-from .working import Screen, versions
+from .working import Screen, run_directory, versions
 
 if TYPE_CHECKING:
     pass
@@ -101,11 +101,14 @@ def _require_one_process() -> None:
 
 def _common_recipe(recipe: Recipe) -> Recipe:
     """What all runs share. The split keeps its seed while train.seed changes; no run stops early, or it would use less
-    than its budget; the rate is each method's own; nothing is merged."""
+    than its budget; the rate is each method's own; nothing is merged. Repairs that were accepted for the recipe's own
+    run hold for all."""
+    own = run_directory(recipe, None).repairs
+    repairs = recipe.data.repairs or (str(own.resolve()) if own.exists() else None)
     train: dict[str, Any] = {"lr": None, "patience": None, "listeners": []}
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update={"split_seed": split_seed(recipe)}),
+            "data": recipe.data.model_copy(update={"split_seed": split_seed(recipe), "repairs": repairs}),
             "train": recipe.train.model_copy(update=train),
             "export": recipe.export.model_copy(update={"merge": False}),
         }

@@ -74,6 +74,7 @@ def repair_data(
     recipe: Recipe, directory: RunDir, chat: Chat, accept: Sequence[str], screen: Screen
 ) -> Repaired:  # fmt: skip
     """Writes what could be repaired to `repairs.jsonl`, and prepares again with what is accepted there."""
+    from ..data.prepare import repairs_file
     from ..data.repair import draft, shown
     from ..files import read_jsonl, write_jsonl
 
@@ -94,10 +95,11 @@ def repair_data(
                 where="--accept",
                 hint=f"There are: {', '.join(sorted(known)) or 'none'}; or say all.",
             )
-    before = read_jsonl(directory.repairs) if directory.repairs.exists() else []
+    path = repairs_file(recipe.data, directory)
+    before = read_jsonl(path) if path.exists() else []
     lines = draft(quarantine, before, accept)
     if lines != before:
-        write_jsonl(directory.repairs, lines)
+        write_jsonl(path, lines)
     prepared, report = prepare_data(recipe, directory, chat, screen)
     if main_process():
         directory.update_status(data_fingerprint=prepared.fingerprint)
@@ -122,7 +124,7 @@ def repair_data(
                 else None,
             }
         )
-    return Repaired(directory.repairs, rules, report["repaired"].get("accepted repair", 0), report)
+    return Repaired(path, rules, report["repaired"].get("accepted repair", 0), report)
 
 
 def split_seed(recipe: Recipe) -> int:

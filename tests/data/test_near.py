@@ -101,6 +101,18 @@ def test_two_questions_about_one_passage_are_not_twins():
     assert len(list(Near(len(texts), texts.__getitem__).pairs(0.8))) == 5
 
 
+def test_short_texts_are_twins_only_when_equal():
+    """A horse and a zebra differ by one character."""
+    draw = random.Random(3)
+    texts = [
+        "马是什么动物？\n哺乳动物",
+        "斑马是什么动物？\n哺乳动物",
+        "斑马是什么动物？ \n哺乳动物",
+        *(words(draw, 20) for _ in range(60)),
+    ]
+    assert [pair[:2] for pair in Near(len(texts), texts.__getitem__, by_line=True).pairs(0.8)] == [(1, 2)]
+
+
 def test_the_best_stays_and_a_chain_does_not_pull_all_after_it():
     value = {(0, 1): 0.9, (1, 2): 0.9, (0, 2): 0.5}
     like = lambda a, b: value[tuple(sorted((a, b)))]  # noqa: E731

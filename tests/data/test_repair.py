@@ -184,6 +184,24 @@ def test_a_repair_by_hand_and_one_that_does_not_help(tmp_path, chat):
     assert "written by hand" in said
 
 
+def test_several_recipes_share_one_file_of_repairs(tmp_path, chat):
+    run, _, _ = made(tmp_path, chat)
+    lines = draft(read_jsonl(run.quarantine), [], ["all"])
+    write_jsonl(tmp_path / "mine.jsonl", lines)
+    settings = DataSettings(
+        sources=[{"path": str(tmp_path / "rows.jsonl")}], max_length=64, repairs=str(tmp_path / "mine.jsonl")
+    )
+    one, report = prepare(settings, chat, "conversation", RunDir(tmp_path / "one"))
+    assert report["repaired"] == {"accepted repair": 4}
+    (tmp_path / "mine.jsonl").rename(tmp_path / "moved.jsonl")
+    settings.repairs = str(tmp_path / "moved.jsonl")
+    two, _ = prepare(settings, chat, "conversation", RunDir(tmp_path / "one"))
+    assert two.fingerprint == one.fingerprint  # what the file says counts, not where it is
+    lines[0]["accept"] = False
+    write_jsonl(tmp_path / "moved.jsonl", lines)
+    assert prepare(settings, chat, "conversation", RunDir(tmp_path / "one"))[0].fingerprint != one.fingerprint
+
+
 def test_a_repair_is_not_for_a_row_that_changed(tmp_path, chat):
     run, _, _ = made(tmp_path, chat)
     write_jsonl(run.repairs, draft(read_jsonl(run.quarantine), [], ["unreadable row"]))
