@@ -77,7 +77,9 @@ class Rehearsal:
         if small.parameters > MOST_NUMBERS:
             return None
         samples = self._samples(cost, setup, budget)
-        with contextlib.suppress(FitoutError, ImportError, ValueError):
+        from safetensors import SafetensorError
+
+        with contextlib.suppress(FitoutError, ImportError, ValueError, OSError, SafetensorError):
             found = remembered(
                 self.machine.kind, self._key(kind, setup, samples),
                 lambda: asdict(self._found(kind, cost, setup, samples, depths)),
