@@ -165,18 +165,17 @@ def _require_held_out(prepared: RunDir, *, sweeps: bool) -> None:
 
 def _steps(recipe: Recipe, prepared: RunDir, budget: Any, screen: Screen) -> int | None:
     """The budget in optimizer steps; None for minutes, which each method's own speed turns into steps."""
-    from ..data.batches import Batches
     from ..data.store import Prepared
+    from .planning import batches_of, total_steps
 
     if budget and budget.kind == "minutes":
         return None
     if budget and budget.kind == "steps":
         return int(budget.amount)
     part = Prepared(prepared.data, "").part("train")
-    train = recipe.train
-    batches = Batches(part, batch_size=train.batch_size, batch_tokens=train.batch_tokens, seed=train.seed)
+    batches = batches_of(recipe, part)
     if not budget:
-        return train.max_steps or batches.steps_in(train.epochs)
+        return total_steps(recipe, batches)
     mean = int(part.lengths.sum()) / batches.steps_in(1)
     steps = max(1, round(budget.amount / mean))
     screen.say(f"{budget}: {steps:,} steps of {mean:,.0f} tokens on average")

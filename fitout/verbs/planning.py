@@ -15,6 +15,7 @@ from .preparing import prepare_data
 from .working import Screen, chat_of, recipe_of, run_directory
 
 if TYPE_CHECKING:
+    from ..data.batches import Batches
     from ..plan.planner import Plan
     from ..plan.products import Products
     from ..train.loop import Progress
@@ -116,6 +117,16 @@ def _shape(recipe: Recipe) -> Any:
     return read_shape(resolve(recipe.model.base).base, revision=recipe.model.revision)
 
 
+def shape_and_cost(recipe: Recipe, grown: bool) -> tuple[Any, Any]:
+    """The model's shape and what its method costs, with the embeddings where tokens were added to them. Raises
+    ModelError for a model that the planner does not know."""
+    from ..model.methods.cost import with_embeddings
+
+    shape = _shape(recipe)
+    cost = recipe.method.cost(shape)  # type: ignore[union-attr]
+    return shape, with_embeddings(cost, shape) if grown else cost
+
+
 def _rehearsal(
     recipe: Recipe, shape: Any, settings: dict[str, Any], work_at: Any, machine: Any, *, grown: bool = False
 ) -> Any:
@@ -147,6 +158,7 @@ def _work_at(recipe: Recipe, batches: Any, share: float = 1.0) -> Callable[[int,
     return at
 
 
+JUDGED_STEPS = 20  # that say whether sharing prefixes pays
 PLANNED_ROWS = 2000  # of a source that are tokenised for a plan when nothing is prepared
 
 
@@ -163,18 +175,18 @@ def _plan_data(
     if length is not None:
         part = AverageLength(min(length, recipe.data.max_length), recipe.data.max_length)
         screen.say(f"lengths are not known: {length} tokens a sample on average are assumed")
-        yield _batches(recipe, part), len(part) / samples if samples else 1.0
+        yield batches_of(recipe, part), len(part) / samples if samples else 1.0
         return
     ready = open_prepared(directory.data)
     if ready is not None:
-        yield _batches(recipe, ready.part("train")), 1.0
+        yield batches_of(recipe, ready.part("train")), 1.0
         return
     quick, share = _first_rows(recipe)
     with tempfile.TemporaryDirectory(prefix="fitout-plan-") as folder:
         prepared, _ = prepare_data(quick, RunDir(Path(folder)), chat_of(recipe), Screen())
         if share < 1:
             screen.say(f"lengths are of the first {PLANNED_ROWS:,} rows of each source ({100 * share:.0f} % of all)")
-        yield _batches(recipe, prepared.part("train")), share
+        yield batches_of(recipe, prepared.part("train")), share
 
 
 def _first_rows(recipe: Recipe) -> tuple[Recipe, float]:
@@ -193,8 +205,8 @@ def _first_rows(recipe: Recipe) -> tuple[Recipe, float]:
     return recipe.model_copy(update={"data": data}), taken / there if there else 1.0
 
 
-def _batches(recipe: Recipe, part: Any) -> Any:
-    """The run's batches; prefixes are shared where that saves, as in training."""
+def batches_of(recipe: Recipe, part: Any) -> Batches:
+    """The batches of a run over a part of its data; prefixes are shared where that saves."""
     from ..data.batches import Batches
 
     train, packing = recipe.train, recipe.data.packing
@@ -202,9 +214,17 @@ def _batches(recipe: Recipe, part: Any) -> Any:
         part, batch_size=train.batch_size, batch_tokens=train.batch_tokens, seed=train.seed, packing=packing,
         share=packing,
     )  # fmt: skip
-    if packing:
-        batches.share = _sharing_pays(*batches.saving(min(train.max_steps or 20, 20), budget=4096))
+    batches.share = packing and _sharing_pays(*_saving(batches, total_steps(recipe, batches)))
     return batches
+
+
+def total_steps(recipe: Recipe, batches: Batches) -> int:
+    return recipe.train.max_steps or batches.steps_in(recipe.train.epochs)
+
+
+def _saving(batches: Batches, total: int) -> tuple[int, int]:
+    """(tokens apart, tokens computed) of the first steps."""
+    return batches.saving(min(total, JUDGED_STEPS), budget=4096)
 
 
 def _sharing_pays(apart: int, computed: int) -> bool:
@@ -212,26 +232,23 @@ def _sharing_pays(apart: int, computed: int) -> bool:
 
 
 def forecast_run(
-    recipe: Recipe, part: Any, precision: str, grown: bool, ranks: int, screen: Screen, *, stage: int = 0
+    recipe: Recipe, batches: Batches, precision: str, grown: bool, ranks: int, screen: Screen, *, stage: int = 0
 ) -> Any:
     """What this training will need, told before it begins. A model that the planner does not know has no forecast."""
     from ..errors import ModelError
-    from ..model.methods.cost import with_embeddings
     from ..plan import duration
     from ..plan.estimate import MB
     from ..plan.machine import here
     from ..plan.planner import advice, look, setup_of
 
     try:
-        shape = _shape(recipe)
+        shape, cost = shape_and_cost(recipe, grown)
     except ModelError as error:
         screen.say(f"no plan: {error.message}")
         return None
     import_training()
     machine = here()
-    cost = recipe.method.cost(shape)
-    cost = with_embeddings(cost, shape) if grown else cost
-    work_at = _work_at(recipe, _batches(recipe, part))
+    work_at = _work_at(recipe, batches)
     setup = setup_of(recipe.train, precision, machine, devices=ranks, stage=stage)
     settings: dict[str, Any] = {recipe.method.kind: recipe.method}
     rehearsal = _rehearsal(recipe, shape, settings, work_at, machine, grown=grown)
@@ -271,17 +288,14 @@ def forecast_run(
 def products_of(recipe: Recipe, precision: str, grown: bool, device: Any) -> Products | None:
     """What this training multiplies, countable; None for a model whose shape is not known."""
     from ..errors import ModelError
-    from ..model.methods.cost import with_embeddings
     from ..plan.machine import Probe
     from ..plan.planner import first_budget
     from ..plan.products import Products
 
     try:
-        shape = _shape(recipe)
+        shape, cost = shape_and_cost(recipe, grown)
     except ModelError:
         return None
-    cost = recipe.method.cost(shape)
-    cost = with_embeddings(cost, shape) if grown else cost
     return Products(shape, cost, precision, Probe(device.type), first_budget(recipe.train, device.type))
 
 
@@ -336,12 +350,8 @@ def told_against_plan(directory: RunDir, forecast: Any, before_mb: int, device: 
     return "plan: " + "; ".join(parts)
 
 
-def tell_sharing(batches: Any, total: int, screen: Screen) -> None:
+def tell_sharing(batches: Batches, total: int, screen: Screen) -> None:
     """Shared prefixes are used where they save over 5 %, judged on the first steps."""
-    if not batches.share:
-        return
-    looked = min(total, 20)
-    apart, computed = batches.saving(looked, budget=4096)
-    batches.share = _sharing_pays(apart, computed)
     if batches.share:
-        screen.say(f"shared prefixes: {apart:,} -> {computed:,} tokens in the first {looked} steps")
+        apart, computed = _saving(batches, total)
+        screen.say(f"shared prefixes: {apart:,} -> {computed:,} tokens in the first {min(total, JUDGED_STEPS)} steps")

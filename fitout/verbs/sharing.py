@@ -12,13 +12,14 @@ from ..rundir import RunDir
 from .working import Screen
 
 if TYPE_CHECKING:
+    from ..data.batches import Batches
     from ..train.backend import Backend
 
 
 def backend_for(
-    recipe: Recipe, method: Any, group: Backend, part: Any, precision: str, grown: bool, screen: Screen
+    recipe: Recipe, method: Any, group: Backend, batches: Batches, precision: str, grown: bool, screen: Screen
 ) -> Backend:
-    """The backend that `train.parallel` means here. `group` is the ranks as connected, `part` the training part.
+    """The backend that `train.parallel` means here. `group` is the ranks as connected, `batches` the run's.
 
     Raises RequestError for what the engine cannot do with this method, optimizer or precision.
     """
@@ -31,7 +32,9 @@ def backend_for(
     if wanted.kind == "auto":
         kinds = ("ddp", "fsdp")
         kind = (
-            "ddp" if group.ranks == 1 or not group.main else _by_memory(recipe, method, group, part, precision, grown)
+            "ddp"
+            if group.ranks == 1 or not group.main
+            else _by_memory(recipe, method, group, batches, precision, grown)
         )
         wanted = replace(wanted, kind=group.agree(kind, kinds))
         why = {"ddp": "each holds the whole model", "fsdp": "the model does not fit on each: parameters are divided"}
@@ -73,25 +76,22 @@ def _obstacles(recipe: Recipe, method: Any, stage: int, precision: str) -> list[
     return found
 
 
-def _by_memory(recipe: Recipe, method: Any, group: Backend, part: Any, precision: str, grown: bool) -> str:
+def _by_memory(recipe: Recipe, method: Any, group: Backend, batches: Batches, precision: str, grown: bool) -> str:
     """`fsdp` where the plan says that the whole model does not fit on each rank, and dividing it would."""
-    from ..model.methods.cost import with_embeddings
     from ..plan.machine import here
     from ..plan.planner import look, setup_of
-    from .planning import _batches, _shape, _work_at
+    from .planning import _work_at, shape_and_cost
 
     if _obstacles(recipe, method, 3, precision):
         return "ddp"
     try:
-        shape = _shape(recipe)
+        shape, cost = shape_and_cost(recipe, grown)
     except ModelError:  # the planner does not know it
         return "ddp"
     machine = here()
     if machine.kind == "cpu":
         machine = replace(machine, memory=machine.memory // int(os.environ.get("LOCAL_WORLD_SIZE", group.ranks)))
-    cost = recipe.method.cost(shape)  # type: ignore[union-attr]
-    cost = with_embeddings(cost, shape) if grown else cost
-    work_at = _work_at(recipe, _batches(recipe, part))
+    work_at = _work_at(recipe, batches)
 
     def runs(stage: int) -> bool:
         setup = setup_of(recipe.train, precision, machine, devices=group.ranks, stage=stage)

@@ -11,7 +11,15 @@ from ..errors import RequestError
 from ..files import staged_folder
 from ..rundir import RunDir
 from .delivering import describe_trained
-from .planning import forecast_run, products_of, tell_sharing, told_against_plan, told_speed
+from .planning import (
+    batches_of,
+    forecast_run,
+    products_of,
+    tell_sharing,
+    told_against_plan,
+    told_speed,
+    total_steps,
+)
 from .preparing import prepare_data
 from .sharing import backend_for, require_shared, tell_idle_devices
 from .working import Screen, base_name, chat_of, comparable, hardware, hub_source
@@ -38,7 +46,6 @@ def _train_model(
 ) -> None:
     import torch
 
-    from ..data.batches import Batches
     from ..model import methods
     from ..model.fuse import fuse
     from ..model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
@@ -77,22 +84,17 @@ def _train_model(
             require_shared(directory)
         prepared, report = prepare_data(recipe, directory, chat, screen)
 
-    batches = Batches(
-        prepared.part("train"),
-        batch_size=recipe.train.batch_size,
-        batch_tokens=recipe.train.batch_tokens,
-        seed=recipe.train.seed,
-    )
-    total = recipe.train.max_steps or batches.steps_in(recipe.train.epochs)
+    batches = batches_of(recipe, prepared.part("train"))
+    total = total_steps(recipe, batches)
     if directory.read_status().get("trained_steps") == total and resume:
         screen.say("training is complete already")
         return
 
     tell_idle_devices(group.ranks, screen)
-    backend = backend_for(recipe, method, group, batches.part, kind, chat.grown, screen)
+    backend = backend_for(recipe, method, group, batches, kind, chat.grown, screen)
     forecast = None
     if backend.main:
-        forecast = forecast_run(recipe, batches.part, kind, chat.grown, backend.ranks, screen, stage=backend.stage)
+        forecast = forecast_run(recipe, batches, kind, chat.grown, backend.ranks, screen, stage=backend.stage)
     before_mb = memory_mb(device)
     model = load_base(
         parts.base,
@@ -103,7 +105,8 @@ def _train_model(
         extra=method.load_kwargs(DTYPES[kind]),
         **hub_source(recipe),
     )
-    batches.packing = batches.share = recipe.data.packing and _packs(model, backend, screen)
+    if batches.packing and not _packs(model, backend, screen):
+        batches.packing = batches.share = False
     if chat.grown:
         grow_vocabulary(model, len(chat.tokenizer))
     torch.manual_seed(recipe.train.seed)
