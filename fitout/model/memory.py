@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 
 import torch
@@ -25,7 +27,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back(device: torch.device) -> None:
-    """Returns what nobody uses any more to the system, before something that failed is tried again."""
+    """Returns what nobody uses any more to the system, so that what comes next has it; on a CPU, too, where glibc keeps
+    what is freed."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

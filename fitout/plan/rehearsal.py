@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
-import gc
 import hashlib
 import json
 import time
@@ -137,14 +135,16 @@ class Rehearsal:
         """One small model trained on the samples, some rounds; medians."""
         import torch
 
+        from ..model.memory import give_back
+        from ..model.precision import best_device
+
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             try:
                 return self._timed(kind, setup, samples, depth)
             finally:
-                gc.collect()
-                _give_back()
+                give_back(best_device())  # so that a run's peak is its own
 
     def _timed(self, kind: str, setup: Setup, samples: list[MicroBatch], depth: int) -> Trial:
         import torch
@@ -242,12 +242,6 @@ class Trial:
     forward: np.ndarray
     backward: np.ndarray
     update: np.ndarray
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system (glibc keeps it), so that a run's peak is its own."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def layers_of(trial: Trial, what: str) -> int:
