@@ -19,7 +19,7 @@ from ...errors import FitoutError, RequestError
 from ..readers.opening import UNPACKED_FREE, UNPACKED_TIMES
 from .annotation import Annotation
 from .http import Client, strict
-from .tasks import Progress, Returned, Task
+from .tasks import Progress, Returned, Task, require_all
 
 URL, USER, PASSWORD = "DOCCANO_URL", "DOCCANO_USERNAME", "DOCCANO_PASSWORD"
 Kind = Literal["answers", "labels"]
@@ -85,13 +85,7 @@ class Doccano:
                 self.client.post(f"/v1/projects/{project}/examples/{example}/categories", {"label": types[draft]})
             say(done, len(tasks))
         there = number(self.client.get(f"/v1/projects/{project}/examples", limit=1), "count")
-        if there != len(tasks):
-            raise FitoutError(
-                f"{len(tasks)} tasks were sent and project {project} has {there}",
-                where=self.client.url,
-                harm="Some would never be annotated.",
-                hint="Delete the project and push again.",
-            )
+        require_all(there, len(tasks), project, self.client.url)
         return project
 
     def _label_types(self, project: int, taxonomy: Mapping[str, Sequence[str]]) -> dict[str, int]:

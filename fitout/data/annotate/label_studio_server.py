@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import FitoutError, RequestError
 from . import label_studio
 from .http import Client, strict
-from .tasks import Progress, Returned, Task
+from .tasks import Progress, Returned, Task, require_all
 
 KEY = "LABEL_STUDIO_API_KEY"
 URL = "LABEL_STUDIO_URL"
@@ -84,13 +84,7 @@ class LabelStudio:
                 raise
             say(min(start + AT_ONCE, len(tasks)), len(tasks))
         there = number(self.client.get(f"/api/projects/{project}/"), "task_number")
-        if there != len(tasks):
-            raise FitoutError(
-                f"{len(tasks)} tasks were sent and project {project} has {there}",
-                where=self.client.url,
-                harm="Some would never be annotated.",
-                hint="Delete the project and push again; see the server's log.",
-            )
+        require_all(there, len(tasks), project, self.client.url)
         return project
 
     def pull(self, project: int) -> bytes:

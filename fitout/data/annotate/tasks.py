@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...chat.types import Conversation, Message, Origin, Sample, Text
-from ...errors import DataError
+from ...errors import DataError, FitoutError
 from .. import SourceSettings
 from ..formats import Format, Refused, RowError, choose, convert
 from ..formats.preference import read_prompt
@@ -108,6 +108,17 @@ def asked(row: dict[str, Any]) -> list[Message]:
         return []
     fine = bool(messages) and messages[-1].role in ("user", "tool") and bool(messages[-1].content.strip())
     return messages if fine else []
+
+
+def require_all(there: int, sent: int, project: int, url: str) -> None:
+    """Raises FitoutError where a server has not as many tasks as were sent to it."""
+    if there != sent:
+        raise FitoutError(
+            f"{sent} tasks were sent and project {project} has {there}",
+            where=url,
+            harm="Some would never be annotated.",
+            hint="Delete the project and push again; see the server's log.",
+        )
 
 
 def draft(tasks: Sequence[Task], answers: Sequence[str | None]) -> list[Task]:
