@@ -86,18 +86,12 @@ def certify(
     found = Certificate([int(at) for at in held_out], least)
     index = Index([text(at) for at in found.held_out], weights)
     best: list[tuple[int, float]] = [(-1, 0.0)] * len(found.held_out)
-    for start in range(0, len(training), BATCH):
-        numbers = [int(at) for at in training[start : start + BATCH]]
-        batch = [text(at) for at in numbers]
-        known: dict[int, Weighed] = {}
-        for row, at in index.shared(batch, least):
-            if row not in known:
-                known[row] = weights.weighed(batch[row])
-            value = likeness(known[row], index.texts[at])
-            if value >= least and value > best[at][1]:
-                best[at] = (numbers[row], value)
-            if value >= limit:
-                found.too_near.append((numbers[row], found.held_out[at], value))
+    for number, weighed, at in _candidates(training, text, index, weights, least):
+        value = likeness(weighed, index.texts[at])
+        if value >= least and value > best[at][1]:
+            best[at] = (number, value)
+        if value >= limit:
+            found.too_near.append((number, found.held_out[at], value))
     found.nearest = best
     return found
 
@@ -112,15 +106,24 @@ def contained(
 ) -> Iterator[tuple[int, int, float]]:
     """(sample, item, share) of every item of which a sample holds at least `overlap` (by weight, above REST)."""
     index = Index(items, weights)
+    for number, weighed, at in _candidates(numbers, text, index, weights, overlap):
+        item = index.texts[at]
+        common, count = item.common(weighed)
+        share = common / item.total if item.total > 1e-6 else count / max(1, len(item.hashes))
+        if share >= overlap:
+            yield number, at, share
+
+
+def _candidates(
+    numbers: Sequence[int] | np.ndarray, text: Callable[[int], str], index: Index, weights: Weights, least: float
+) -> Iterator[tuple[int, Weighed, int]]:
+    """(sample, the sample weighed, place in the index) of all that may share at least `least`; each sample is read and
+    weighed once."""
     for start in range(0, len(numbers), BATCH):
         some = [int(at) for at in numbers[start : start + BATCH]]
         batch = [text(at) for at in some]
         known: dict[int, Weighed] = {}
-        for row, at in index.shared(batch, overlap):
+        for row, at in index.shared(batch, least):
             if row not in known:
                 known[row] = weights.weighed(batch[row])
-            item = index.texts[at]
-            common, count = item.common(known[row])
-            share = common / item.total if item.total > 1e-6 else count / max(1, len(item.hashes))
-            if share >= overlap:
-                yield some[row], at, share
+            yield some[row], known[row], at
