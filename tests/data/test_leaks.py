@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
 import string
 from html.parser import HTMLParser
 
 import pytest
 
-from fitout.chat.render import open_chat
 from fitout.data import DataSettings
 from fitout.data.page import render
 from fitout.data.prepare import kept_samples, prepare
 from fitout.data.shingles import Weights, likeness
 from fitout.errors import DataError
 from fitout.files import read_json
-from fitout.model.load import SHELL
 from fitout.rundir import RunDir
 
-
-@pytest.fixture(scope="module")
-def chat():
-    return open_chat(SHELL)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+from .conftest import write
 
 
 def made(tmp_path, chat, sources, **more):

@@ -19,11 +19,6 @@ from fitout.model.load import SHELL
 from fitout.rundir import RunDir
 
 
-@pytest.fixture(scope="module")
-def chat():
-    return open_chat(SHELL)
-
-
 def question(number: int, words: int = 3) -> dict:
     return {"instruction": f"What is number {number}?", "output": " ".join(["it"] * words) + f" {number}"}
 

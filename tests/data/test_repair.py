@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from fitout.chat.render import open_chat
 from fitout.chat.types import Origin
 from fitout.data import DataSettings, SourceSettings
 from fitout.data.formats import FORMATS, choose
@@ -15,15 +14,9 @@ from fitout.data.prepare import kept_samples, prepare
 from fitout.data.repair import accepted, draft, rule_of, suggest
 from fitout.errors import CheckError, DataError
 from fitout.files import read_jsonl, write_jsonl
-from fitout.model.load import SHELL
 from fitout.rundir import RunDir
 
 HERE = Origin("rows.jsonl", 1)
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return open_chat(SHELL)
 
 
 def plug(name):

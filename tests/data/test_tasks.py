@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fitout.chat.render import open_chat
 from fitout.chat.types import Conversation, Message, Origin
 from fitout.data import BalanceSettings, DataSettings, SourceSettings, TaskSettings
 from fitout.data.balance import cap_classes, distribute, give_shares, length_classes
@@ -19,18 +18,9 @@ from fitout.data.positions import measured, moved, place_of
 from fitout.data.prepare import kept_samples, prepare
 from fitout.data.taxonomy import NONE, Classifier, Tasks, parsed
 from fitout.files import read_json
-from fitout.model.load import SHELL
 from fitout.rundir import RunDir
 
-
-@pytest.fixture(scope="module")
-def chat():
-    return open_chat(SHELL)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+from .conftest import write
 
 
 def made(tmp_path, chat, sources, **more):
