@@ -100,9 +100,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Prepares, trains, evaluates and merges; goes on where it stopped."""
-    if processes > 1 or nodes > 1 or rendezvous:
-        more = (["--profile"] if profile else []) + (["--json"] if json else [])
-        _as_ranks("run", recipe, changes, out, processes, nodes, rendezvous, more)
+    flags = {"--profile": profile, "--json": json}
+    _as_ranks("run", recipe, changes, out, processes, nodes, rendezvous, flags)
     from .. import verbs
     from ..config import load
     from .screen import open_screen
@@ -152,9 +151,8 @@ def train(
     json: Json = False,
 ) -> None:
     """One training run into runs/NAME."""
-    if processes > 1 or nodes > 1 or rendezvous:
-        more = (["--resume"] if resume else []) + (["--profile"] if profile else []) + (["--json"] if json else [])
-        _as_ranks("train", recipe, changes, out, processes, nodes, rendezvous, more)
+    flags = {"--resume": resume, "--profile": profile, "--json": json}
+    _as_ranks("train", recipe, changes, out, processes, nodes, rendezvous, flags)
     from .. import verbs
     from ..config import load
     from .screen import open_screen
@@ -172,9 +170,12 @@ def _as_ranks(
     processes: int,
     nodes: int,
     rendezvous: str | None,
-    more: list[str],
+    flags: dict[str, bool],
 ) -> None:
-    """The same command in several processes; ends this one with their exit code. A recipe's mistakes are told once."""
+    """Where several processes are asked for: the same command in each; ends this one with their exit code. A recipe's
+    mistakes are told once."""
+    if processes == nodes == 1 and not rendezvous:
+        return
     from ..config import load
     from ..rundir import RunDir
     from .launch import launch
@@ -182,8 +183,9 @@ def _as_ranks(
     name = load(recipe, changes).name
     arguments = [verb, str(recipe), *(f"--set={change}" for change in changes or [])]
     arguments += [f"--out={out}"] if out else []
+    arguments += [flag for flag, on in flags.items() if on]
     directory = RunDir(out or Path("runs") / name)
-    raise typer.Exit(launch([*arguments, *more], directory, processes=processes, nodes=nodes, rendezvous=rendezvous))
+    raise typer.Exit(launch(arguments, directory, processes=processes, nodes=nodes, rendezvous=rendezvous))
 
 
 @app.command()
