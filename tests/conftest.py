@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what runs here and what runs in a child are compared bit for bit
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("FITOUT_HOME", tempfile.mkdtemp(prefix="fitout-home-"))  # no test writes into the user's own
 

@@ -22,8 +22,8 @@ import pathlib, sys, time
 from fitout import lock
 {without}
 with lock.Lock(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
     {inside}
+    print("held", flush=True)
     time.sleep(60)
 """
 WITHOUT = "import fcntl, errno\ndef flock(*_): raise OSError(errno.ENOLCK, 'no locks available')\nfcntl.flock = flock"
@@ -81,7 +81,7 @@ def test_the_lock_goes_when_the_work_fails(tmp_path, without):
 
 def test_what_a_dead_holder_started_is_told_apart(tmp_path):
     """A child that was forked keeps the open file, and with it the lock, when its parent is killed."""
-    process = holder(tmp_path / ".lock", inside="import os\n    if os.fork() == 0: time.sleep(60)")
+    process = holder(tmp_path / ".lock", inside="import os\n    if os.fork() == 0: time.sleep(60); os._exit(0)")
     process.send_signal(signal.SIGKILL)
     process.wait()
     try:
