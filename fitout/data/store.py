@@ -124,7 +124,7 @@ class Part:
             self.table = ipc.open_file(source).read_all().combine_chunks()
         self._ids, self._offsets = _flat(self.table["ids"])
         self._train_on, _ = _flat(self.table["train_on"])
-        self.groups = self.table["group"].to_numpy()
+        self.groups = _numbers(self.table["group"])
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -140,7 +140,7 @@ class Part:
         if "task" not in self.table.column_names:  # prepared by an earlier version
             return {}
         names = json.loads((self.table.schema.metadata or {}).get(b"tasks", b"[]"))
-        of_row = self.table["task"].to_numpy()
+        of_row = _numbers(self.table["task"])
         found = {name: np.flatnonzero(of_row == number) for number, name in enumerate(names)}
         return {name: rows for name, rows in found.items() if len(rows)}
 
@@ -175,8 +175,17 @@ def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Values and row offsets of a list column, without copying where it is one chunk."""
     if column.num_chunks == 0:
         return np.zeros(0, np.int32), np.zeros(1, np.int64)
-    array = column.combine_chunks() if column.num_chunks > 1 else column.chunk(0)
-    return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
+    array = _one(column)
+    return np.from_dlpack(array.values), np.from_dlpack(array.offsets)  # to_numpy() would import pandas, half a second
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers, in the same way."""
+    return np.from_dlpack(_one(column)) if column.num_chunks else np.zeros(0, column.type.to_pandas_dtype())
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if column.num_chunks > 1 else column.chunk(0)
 
 
 @dataclass(frozen=True)
