@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -163,29 +164,49 @@ class Probe:
     MOST = 6e9  # FLOPs of one timed product
     ROUNDS = 5
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, *, measures: bool = True):
+        """Without `measures` only what is remembered is known; the rest raises NotMeasured."""
+        self.kind, self.measures = kind, measures
 
     def products(self, inputs: int, outputs: int, rows: int, precision: str) -> float:
         rows = max(64, min(rows, int(self.MOST / (4 * inputs * outputs)), 2048))
         rows = 1 << (rows.bit_length() - 1)  # powers of two: few enough to remember
         what = f"{precision} {inputs}x{outputs} rows {rows}"
-        return remembered(self.kind, what, lambda: _time_product(self.kind, inputs, outputs, rows, precision))
+        return self.remembered(what, lambda: _time_product(self.kind, inputs, outputs, rows, precision))
 
     def bandwidth(self) -> float:
-        return remembered(self.kind, "bytes", lambda: _time_vectors(self.kind))
+        return self.remembered("bytes", lambda: _time_vectors(self.kind))
+
+    def remembered(self, what: str, measure: Callable[[], Any]) -> Any:
+        return remembered(self.kind, what, measure if self.measures else None)
+
+
+class Unmeasured:
+    """A speed for plans of memory alone: nothing takes any time."""
+
+    def products(self, inputs: int, outputs: int, rows: int, precision: str) -> float:
+        return math.inf
+
+    def bandwidth(self) -> float:
+        return math.inf
+
+
+class NotMeasured(LookupError):
+    """A speed that is not remembered and was not to be measured."""
 
 
 BUSY = 0.25  # cores that others may use while something is measured; else it is not remembered
 
 
-def remembered(kind: str, what: str, measure: Callable[[], Any]) -> Any:
+def remembered(kind: str, what: str, measure: Callable[[], Any] | None) -> Any:
     """What `measure` gave the first time on this machine while little else was running (JSON), from
-    home()/speeds.json."""
+    home()/speeds.json; without `measure` raises NotMeasured where nothing is there."""
     path, machine = home() / "speeds.json", _fingerprint(kind)
     known = read_json(path) if path.exists() else {}
     if what in known.get(machine, {}):
         return known[machine][what]
+    if measure is None:
+        raise NotMeasured(what)
     clock = Others()
     found = measure()
     if clock.cores() <= BUSY:

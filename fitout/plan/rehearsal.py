@@ -65,6 +65,7 @@ class Rehearsal:
         self.shape, self.config, self.settings = shape, config, settings
         self.train, self.objective, self.work_at = train, objective, work_at
         self.machine, self.packed, self.grown = machine, packed, grown
+        self.measures = getattr(machine.speed, "measures", True)  # else what is not remembered raises NotMeasured
         self._bases: dict[int, Path] = {}
         self._folder: TemporaryDirectory[str] | None = None
 
@@ -80,7 +81,7 @@ class Rehearsal:
         with contextlib.suppress(FitoutError, ImportError, ValueError, OSError, SafetensorError):
             found = remembered(
                 self.machine.kind, self._key(kind, setup, samples),
-                lambda: asdict(self._found(kind, cost, setup, samples, depths)),
+                (lambda: asdict(self._found(kind, cost, setup, samples, depths))) if self.measures else None,
             )  # fmt: skip
             return Tempo(**found)
         return None

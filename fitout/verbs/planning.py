@@ -101,7 +101,7 @@ def with_method(recipe: Recipe, directory: RunDir, screen: Screen) -> Recipe:
 
 def import_training() -> None:
     """What a run imports, so that what the process holds now is what it will hold then."""
-    from .working import import_libraries
+    from ..libraries import import_libraries
 
     import_libraries()
     from transformers import AutoModelForCausalLM  # noqa: F401
@@ -231,15 +231,28 @@ def _sharing_pays(apart: int, computed: int) -> bool:
     return computed < 0.95 * apart
 
 
+LONG = 600  # nominal seconds of a training from which on it is worth some seconds to measure this machine first
+NOMINAL = {"cpu": 1e11, "cuda": 5e13}  # FLOP/s
+
+
+def _nominal_seconds(shape: Any, work: Any, device: str) -> float:
+    return 6 * shape.parameters * work.tokens_per_step * work.total_steps / NOMINAL[device]
+
+
 def forecast_run(
     recipe: Recipe, batches: Batches, precision: str, grown: bool, ranks: int, screen: Screen, *, stage: int = 0
 ) -> Any:
-    """What this training will need, told before it begins. A model that the planner does not know has no forecast."""
+    """What this training will need, told before it begins. A model that the planner does not know has no forecast; a
+    short training is given its time only where this machine's speed is remembered: to measure it would delay the first
+    step."""
+    from dataclasses import replace
+    from functools import partial
+
     from ..errors import ModelError
     from ..plan import duration
     from ..plan.estimate import MB
-    from ..plan.machine import here
-    from ..plan.planner import advice, look, setup_of
+    from ..plan.machine import NotMeasured, Probe, Unmeasured, here
+    from ..plan.planner import advice, first_budget, look, setup_of
 
     try:
         shape, cost = shape_and_cost(recipe, grown)
@@ -251,8 +264,15 @@ def forecast_run(
     work_at = _work_at(recipe, batches)
     setup = setup_of(recipe.train, precision, machine, devices=ranks, stage=stage)
     settings: dict[str, Any] = {recipe.method.kind: recipe.method}
-    rehearsal = _rehearsal(recipe, shape, settings, work_at, machine, grown=grown)
-    row = look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, machine, rehearsal)
+    ask = partial(look, shape, cost, recipe.method.kind, setup, recipe.train, work_at)
+    long = _nominal_seconds(shape, work_at(first_budget(recipe.train, machine.kind), ranks), machine.kind) > LONG
+    measured = replace(machine, speed=Probe(machine.kind, measures=long))
+    try:
+        row = ask(measured, _rehearsal(recipe, shape, settings, work_at, measured, grown=grown))
+        timed = True
+    except NotMeasured:
+        row = ask(replace(machine, speed=Unmeasured()))
+        timed = False
     fixed = row.memory.terms["framework"] + row.memory.terms["weights"]
     if fixed > machine.memory:
         raise RequestError(
@@ -262,10 +282,9 @@ def forecast_run(
             hint="Take a smaller base model or a 4-bit base; `fitout plan` shows what fits.",
         )
     peak = row.memory.peak if machine.kind == "cpu" else row.memory.allocated
-    screen.say(
-        f"plan: {peak / MB:,.0f} MB at the peak ({row.memory.largest} {row.memory.terms[row.memory.largest] / MB:,.0f})"
-        f", {duration(row.step_seconds)} a step, {duration(row.total_seconds)} in all"
-    )
+    time = f", {duration(row.step_seconds)} a step, {duration(row.total_seconds)} in all" if timed else ""
+    largest = row.memory.largest
+    screen.say(f"plan: {peak / MB:,.0f} MB at the peak ({largest} {row.memory.terms[largest] / MB:,.0f}){time}")
     if not row.fits:
         for line in advice(shape, cost, row, [], recipe.train, work_at, machine):
             screen.say(f"warning: {line}")
@@ -277,7 +296,7 @@ def forecast_run(
         "resident_mb": round(machine.resident / MB),
         "predicted": {
             "peak_mb": round(peak / MB),
-            "step_seconds": float(f"{row.step_seconds:.4g}"),
+            "step_seconds": float(f"{row.step_seconds:.4g}") if timed else None,
             "rehearsed": row.rehearsed,
             "moment": row.memory.moment,
             "terms_mb": {name: round(size / MB) for name, size in row.memory.terms.items()},
@@ -345,9 +364,9 @@ def told_against_plan(directory: RunDir, forecast: Any, before_mb: int, device: 
         f"{what} {predicted[key]:,g} {unit} predicted, {measured[key]:,g} measured "
         f"({100 * (predicted[key] / measured[key] - 1):+.0f} %)"
         for what, key, unit in (("peak memory", "peak_mb", "MB"), ("a step", "step_seconds", "s"))
-        if measured[key]
+        if measured[key] and predicted[key]
     ]
-    return "plan: " + "; ".join(parts)
+    return "plan: " + ("; ".join(parts) or "nothing that was predicted could be measured")
 
 
 def tell_sharing(batches: Batches, total: int, screen: Screen) -> None:
