@@ -101,7 +101,7 @@ def with_method(recipe: Recipe, directory: RunDir, screen: Screen) -> Recipe:
 
 def import_training() -> None:
     """What a run imports, so that what the process holds now is what it will hold then."""
-    from ..libraries import import_libraries
+    from .working import import_libraries
 
     import_libraries()
     from transformers import AutoModelForCausalLM  # noqa: F401

@@ -12,7 +12,7 @@ from fitout.errors import RequestError
 from fitout.model.methods import cost
 from fitout.model.shape import shape_of
 from fitout.plan import history
-from fitout.plan.machine import CARDS, GIB, Machine, machine
+from fitout.plan.machine import CARDS, GIB, Machine, NotMeasured, Probe, machine
 from fitout.plan.planner import choose, make_plan
 from fitout.plan.work import AverageLength, work_of
 from fitout.train import TrainSettings
@@ -165,7 +165,11 @@ def test_past_plans_are_remembered(tmp_path, monkeypatch):
 
 def test_a_probe_is_remembered_for_its_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("FITOUT_HOME", str(tmp_path))
+    monkeypatch.setattr("fitout.plan.machine.BUSY", float("inf"))  # whatever else runs beside the tests
+    with pytest.raises(NotMeasured):
+        Probe("cpu", measures=False).products(64, 64, 100, "fp32")
     speed = machine("cpu-24g").speed
     first = speed.products(64, 64, 100, "fp32")
     assert first > 1e6 and speed.products(64, 64, 100, "fp32") == first and speed.bandwidth() > 1e6
+    assert Probe("cpu", measures=False).products(64, 64, 100, "fp32") == first
     assert replace(card(1), name="b").name == "b" and (tmp_path / "speeds.json").exists()
