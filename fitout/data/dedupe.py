@@ -10,14 +10,14 @@ from ..chat.types import Sample
 from .content import content_key
 
 
-def repeats(keys: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
+def repeats(keys: np.ndarray, turn: np.ndarray | None = None) -> np.ndarray:
     """(n,) for each row the number of the row it repeats, its own where it repeats none.
 
-    `keys` are equal for rows that say the same. The earliest row is the one that stays, but rows marked in `first` (n,)
-    come before all others: of twins in a test file and in training the training one repeats.
+    `keys` are equal for rows that say the same. The row of the lowest `turn` (n,) stays, the earliest of these: of
+    twins in a test file and in training the training one repeats.
     """
     count = len(keys)
-    order = np.arange(count) if first is None else np.lexsort((np.arange(count), ~first))
+    order = np.arange(count) if turn is None else np.lexsort((np.arange(count), turn))
     _, earliest, twin = np.unique(keys[order], return_index=True, return_inverse=True)
     result = np.empty(count, np.int64)
     result[order] = order[earliest[twin]]

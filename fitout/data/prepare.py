@@ -414,11 +414,12 @@ _NO_FORMAT: Any = None  # a repaired sample is not converted again
 
 
 def _deduplicate(rows: Rows, settings: DataSettings, work: _Work) -> Twins:
-    """Of twins in a given test file and in training, the training one goes."""
+    """Of twins in given files of several parts the test file's stays, then the validation file's."""
     with work.stage("duplicates") as stage:
-        held_out = [work.parts.get(file, "train") != "train" for file in rows.files]
-        marked = np.array(held_out, bool)[rows.file_of] if len(rows) else np.zeros(0, bool)
-        twins = find_twins(rows, settings.deduplicate, marked, work.remover(stage, rows))
+        turns = [*HELD_OUT, "train", None]
+        of_file = np.array([turns.index(work.parts.get(file)) for file in rows.files], np.int8)
+        turn = of_file[rows.file_of] if len(rows) else np.zeros(0, np.int8)
+        twins = find_twins(rows, settings.deduplicate, turn, work.remover(stage, rows))
         stage.left = len(twins.here)
         work.facts["duplicates"], work.details["clusters"] = twins.figures, twins.clusters
     return twins

@@ -41,12 +41,12 @@ class Twins:
     clusters: list[dict[str, Any]] = field(default_factory=list)  # for the page
 
 
-def find_twins(rows: Rows, settings: DeduplicateSettings, held_out: np.ndarray, remove: Remove) -> Twins:
-    """Exact duplicates go; near ones are found, and go where the settings say so. `held_out` (n,) marks samples of
-    validation and test files: of twins the one in training goes."""
+def find_twins(rows: Rows, settings: DeduplicateSettings, turn: np.ndarray, remove: Remove) -> Twins:
+    """Exact duplicates go; near ones are found, and go where the settings say so. Of twins the one of the lowest `turn`
+    (n,) stays."""
     here = np.arange(len(rows))
     if settings.exact:
-        first = repeats(rows.keys, held_out)
+        first = repeats(rows.keys, turn)
         for at in np.flatnonzero(first != here):
             remove(int(at), "duplicate", f"repeats {rows.origin(first[at])}")
         here = here[first == here]
@@ -65,7 +65,7 @@ def find_twins(rows: Rows, settings: DeduplicateSettings, held_out: np.ndarray, 
     for one, other, _ in by_meaning:
         found.groups.join(one, other)
     found.figures |= {"by_meaning": len(by_meaning)}
-    _clusters(rows, found, near, [*pairs, *by_meaning], settings, held_out, remove)
+    _clusters(rows, found, near, [*pairs, *by_meaning], settings, turn, remove)
     return found
 
 
@@ -85,7 +85,7 @@ def _clusters(
     near: Near,
     pairs: list[tuple[int, int, float]],
     settings: DeduplicateSettings,
-    held_out: np.ndarray,
+    turn: np.ndarray,
     remove: Remove,
 ) -> None:
     """The clusters that the pairs make: shown, and all but their best taken out where the settings say so."""
@@ -101,7 +101,7 @@ def _clusters(
     groups = clusters.members()
     gone: dict[int, tuple[int, float]] = {}
     for group in groups:
-        losers = keep_best(group, _rank(rows, settings.keep, held_out), alike, settings.similarity)
+        losers = keep_best(group, _rank(rows, settings.keep, turn), alike, settings.similarity)
         gone |= losers
         if len(found.clusters) < CLUSTERS:
             found.clusters.append(_shown(rows, group, losers))
@@ -112,8 +112,8 @@ def _clusters(
         found.here = np.array([at for at in found.here if int(at) not in gone], np.int64)
 
 
-def _rank(rows: Rows, keep: str, held_out: np.ndarray) -> Callable[[int], tuple]:
-    """The best first: what a held-out file has, then as `keep` says, then the earlier."""
+def _rank(rows: Rows, keep: str, turn: np.ndarray) -> Callable[[int], tuple]:
+    """The best first: by `turn`, then as `keep` says, then the earlier."""
 
     def rank(at: int) -> tuple:
         if keep == "first":
@@ -123,7 +123,7 @@ def _rank(rows: Rows, keep: str, held_out: np.ndarray) -> Callable[[int], tuple]
         else:
             value = look_up(rows.sample(at).meta, keep)
             quality = float(value) if isinstance(value, int | float) else float("-inf")
-        return (not held_out[at], -quality, at)
+        return (int(turn[at]), -quality, at)
 
     return rank
 

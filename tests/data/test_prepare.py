@@ -173,6 +173,17 @@ def test_a_test_source_is_the_test_part_and_keeps_its_rows(tmp_path, chat):
     assert report["kept"]["train"] + report["kept"]["validation"] == 25
 
 
+@pytest.mark.parametrize("near", ["report", "drop"])
+def test_a_test_files_row_stays_whatever_file_repeats_it(tmp_path, chat, near):
+    """Rows 0-9 stand in all three files: the test file keeps them, whichever is read first."""
+    paths = {part: write(tmp_path / f"{part}.jsonl", [question(n) for n in range(rows)])
+             for part, rows in (("train", 30), ("validation", 15), ("test", 10))}  # fmt: skip
+    sources = [{"path": path, "split": part} for part, path in paths.items()]
+    _, _, report = made(tmp_path, chat, sources, deduplicate={"near": near})
+    assert report["kept"] == {"train": 15, "validation": 5, "test": 10}
+    assert report["removed"] == {"duplicate": 25}
+
+
 def test_nothing_left_to_train_is_an_error_with_the_reasons(tmp_path, chat):
     path = write(tmp_path / "rows.jsonl", [question(n, words=300) for n in range(5)])
     with pytest.raises(DataError, match="no token is left to train on: of 5 samples 5 too long"):
