@@ -66,9 +66,29 @@ def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
             )
         path = run.adapter
     if (path / "adapter_config.json").exists():
-        config = read_json(path / "adapter_config.json")
-        return Resolved(resolve(config["base_model_name_or_path"]).base, path, str(path), config.get("revision"))
+        return _of_adapter(path)
     return Resolved(name, given, name)
+
+
+def _of_adapter(folder: Path) -> Resolved:
+    """An adapter's model: the base that it names, which may not be an adapter again."""
+    config = read_json(folder / "adapter_config.json")
+    name = config.get("base_model_name_or_path")
+    if not name or _only_adapts(Path(name)):
+        raise ModelError(
+            f"the adapter's base is itself an adapter ({name})" if name else "the adapter does not name its base",
+            where=str(folder / "adapter_config.json"),
+            harm="An adapter is a change of the weights of a whole model; there are none.",
+            hint="Let base_model_name_or_path name the model; `fitout merge` makes one out of a base and an adapter.",
+        )
+    return Resolved(resolve(name).base, folder, str(folder), config.get("revision"))
+
+
+def _only_adapts(path: Path) -> bool:
+    """Whether this is an adapter folder, or a run that has an adapter and no whole model."""
+    run = RunDir(path)
+    whole = (run.merged / "config.json").exists() or (run.model / "config.json").exists()
+    return (path / "adapter_config.json").exists() or (not whole and (run.adapter / "adapter_config.json").exists())
 
 
 def adapter_folder(adapter: str | Path) -> Path:
@@ -91,6 +111,9 @@ def _check_folder(base: str) -> None:
         return
     if not (folder / "config.json").exists():
         raise ModelError("this folder has no config.json", where=base, hint="Give a Hugging Face model folder.")
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        _check_index(index)
     if list(folder.glob("*.safetensors")):
         return
     pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
@@ -109,6 +132,32 @@ def _check_folder(base: str) -> None:
     )
 
 
+def _check_index(index: Path) -> None:
+    """Every file that an index of weights names must be safetensors and lie beside it."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        wrong = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        lacking = [name for name in names if not (index.parent / name).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the index of the weights cannot be read: {error!r}", where=str(index), hint="Copy the model again."
+        ) from error
+    if wrong:
+        raise ModelError(
+            f"the index of the weights names {wrong[0]!r}, which is no safetensors file of this folder",
+            where=str(index),
+            harm="A file from elsewhere, or a pickle that runs code, would be loaded as weights.",
+            hint="Do not use this copy, or take one whose index names only its own *.safetensors.",
+        )
+    if lacking:
+        raise ModelError(
+            f"{len(lacking)} of {len(names)} files of weights are not there (first: {lacking[0]})",
+            where=str(index),
+            harm="Their weights would be random numbers.",
+            hint="Copy the model again; a download may have been cut short.",
+        )
+
+
 def load_base(
     base: str,
     *,
@@ -125,6 +174,7 @@ def load_base(
     `extra` goes to `from_pretrained` as it is (a method's `load_kwargs`). An `empty` one has shapes and no values, on
     `meta`, for a rank that is given them.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -153,7 +203,7 @@ def load_base(
             output_loading_info=True,
             **(extra or {}),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(base, error) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -232,16 +282,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, method: Any = None) -> An
 
     `method` is the one that made it unless another that reads its files is given (`Method.plain`).
     """
-    from safetensors import safe_open
+    from .methods import saved_in, saved_shapes
 
-    from .methods import saved_in
-
-    method = method or saved_in(folder)
     ends = tuple(f".{name}.weight" for name in embeddings(model))
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            if f".{name}".endswith(ends):  # embeddings that were trained for added tokens
-                grow_vocabulary(model, file.get_slice(name).get_shape()[0])
+    grown = [shape[0] for name, shape in saved_shapes(folder).items() if f".{name}".endswith(ends)]
+    method = method or saved_in(folder)
+    for size in grown:  # embeddings that were trained for added tokens
+        grow_vocabulary(model, size)
     method.apply(model)
     method.load(model, folder)
     return method

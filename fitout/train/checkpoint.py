@@ -88,7 +88,7 @@ class Checkpoints:
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that verifies, and what was wrong with those newer than it."""
         passed_over: list[str] = []
-        for path in sorted(self.folder.glob("step-*"), key=_step, reverse=True):
+        for path in self._newest_first():
             problem = verify(path)
             if problem is None:
                 return Checkpoint(path, read_json(path / STATE)), passed_over
@@ -101,7 +101,7 @@ class Checkpoints:
         Each kept checkpoint may become the newest again when a later one is damaged, so the best one that it knew of is
         kept with it.
         """
-        paths = sorted(self.folder.glob("step-*"), key=_step, reverse=True)
+        paths = self._newest_first()
         if not paths or verify(paths[0]) is not None:
             return
         kept: set[int | None] = {_step(path) for path in paths[:keep_last]}
@@ -109,6 +109,11 @@ class Checkpoints:
         for path in paths[keep_last:]:
             if _step(path) not in kept:
                 shutil.rmtree(path)
+
+    def _newest_first(self) -> list[Path]:
+        """Only what we write: a folder that somebody named otherwise (step-10-copy) is left alone."""
+        ours = [path for path in self.folder.glob("step-*") if path.name[len("step-") :].isdecimal()]
+        return sorted(ours, key=_step, reverse=True)
 
 
 def _step(path: Path) -> int:

@@ -290,6 +290,8 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, damage):
     with pytest.raises(Crash):
         train(job, AtStep(10, crash))
     newest = job.run.checkpoints / "step-8"
+    for named_by_hand in ("step-8-copy", "step-notes"):
+        (job.run.checkpoints / named_by_hand).mkdir()
     file = newest / "weights.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "byte":

@@ -11,7 +11,7 @@ import torch
 from fitout.config import build
 from fitout.errors import ModelError, RequestError
 from fitout.model import EMBEDDED
-from fitout.model.load import SHELL, grow_vocabulary, load_base, resolve
+from fitout.model.load import SHELL, grow_vocabulary, load_adapter, load_base, resolve
 from fitout.model.methods import LoraSettings, create
 from fitout.model.methods.lora import adapters, settings_of
 from tests.conftest import tiny_llama
@@ -91,3 +91,61 @@ def test_new_tokens_start_at_the_mean_and_are_trained_with_the_adapter(tied):
     create(LoraSettings()).apply(model)
     assert model.get_input_embeddings().weight.requires_grad
     assert model.get_output_embeddings().weight.requires_grad
+
+
+@pytest.mark.parametrize("how", ["itself", "another", "a run's", "nothing"])
+def test_an_adapter_over_no_whole_model_is_refused(tmp_path, how):
+    folder = saved_adapter(tmp_path / "adapter", rank=4)
+    base = {"itself": folder, "another": tmp_path / "other", "a run's": tmp_path / "run", "nothing": None}[how]
+    if how == "another":
+        saved_adapter(tmp_path / "other", rank=4)
+    if how == "a run's":
+        (tmp_path / "run").mkdir()
+        saved_adapter(tmp_path / "run" / "adapter", rank=4)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base and str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="does not name its base" if base is None else "itself an adapter"):
+        resolve(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["../model.safetensors"], "no safetensors file of this folder"),
+        (["/model.safetensors"], "no safetensors file of this folder"),
+        (["model.safetensors", "pytorch_model.bin"], "no safetensors file of this folder"),
+        (["part-1.safetensors", "part-2.safetensors"], "1 of 2 files of weights are not there .*part-2"),
+        ([7], "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_an_index_names_only_weights_beside_it(tmp_path, names, words):
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    (folder / "model.safetensors").rename(folder / "part-1.safetensors")
+    index = {"weight_map": {f"weight.{at}": name for at, name in enumerate(names)}} if names else []
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=words):
+        load_base(str(folder))
+
+
+def test_weights_in_parts_are_loaded(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+    loaded = load_base(str(tmp_path / "model"))
+    assert all(torch.equal(one, loaded.state_dict()[name]) for name, one in model.state_dict().items())
+
+
+def test_damaged_weights_are_told(tmp_path):
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    adapter = saved_adapter(tmp_path / "adapter", rank=4)
+    for file in (folder / "model.safetensors", adapter / "adapter_model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="the model cannot be loaded"):
+        load_base(str(folder))
+    with pytest.raises(ModelError, match="the adapter's weights cannot be read"):
+        load_adapter(tiny_llama(), adapter)

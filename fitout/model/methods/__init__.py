@@ -235,6 +235,26 @@ def create(settings: AnySettings) -> Method:
     return import_module(f".{settings.kind}", __name__).create(settings)
 
 
+def saved_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name and shape of each tensor of the adapter in `folder`. Raises ModelError when its weights cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise ModelError(
+            "this adapter has no adapter_model.safetensors",
+            where=str(folder),
+            hint="Pickled adapters (adapter_model.bin) are not opened: save it again with safetensors.",
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter's weights cannot be read: {error}", where=str(path), hint="Copy the adapter again."
+        ) from error
+
+
 def saved_in(folder: Path) -> Method:
     """The method that made the adapter in `folder`, with its settings. Raises ModelError for one that is not known."""
     kind = read_json(folder / "adapter_config.json").get("peft_type")

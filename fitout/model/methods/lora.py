@@ -21,7 +21,7 @@ from ...errors import ModelError, RequestError
 from ...files import read_json, write_json
 from ..fused import gated_lora_linear, lora_linear, swiglu
 from ..load import embeddings, untie, write_tensors
-from . import LoraSettings, LowRankSettings
+from . import LoraSettings, LowRankSettings, saved_shapes
 from .base import Method, chosen_by_name, fill, freeze_base
 
 PREFIX = "base_model.model."  # PEFT wraps the model twice; its file names keep that
@@ -455,7 +455,7 @@ def settings_of(folder: Path) -> LowRankSettings:
     wrong += [key for key, value in config.items() if value and key not in KNOWN | {"bias"}]
     if config.get("init_lora_weights", True) not in BEGINNINGS:
         wrong.append(f"init_lora_weights: {config['init_lora_weights']}")
-    names = _tensor_names(folder)
+    names = list(saved_shapes(folder))
     wrong += ["an adapted embedding"] if any("lora_embedding_" in name for name in names) else []
     if wrong:
         raise ModelError(
@@ -480,20 +480,6 @@ def settings_of(folder: Path) -> LowRankSettings:
         if settings is not None:
             return settings
     return LoraSettings(**common)
-
-
-def _tensor_names(folder: Path) -> list[str]:
-    from safetensors import safe_open
-
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise ModelError(
-            "this adapter has no adapter_model.safetensors",
-            where=str(folder),
-            hint="Pickled adapters (adapter_model.bin) are not opened: save it again with safetensors.",
-        )
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
 
 
 def _adapted_names(names: list[str]) -> list[str]:
