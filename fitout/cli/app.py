@@ -385,7 +385,7 @@ def doctor(
 
 @data_app.command("check")
 def data_check(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="data files, folders or hub ids")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="data files, folders, hub ids or recipes")],
     format: Annotated[str | None, typer.Option(help="the row format (default: detected)")] = None,
     json: Json = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,22 +11,22 @@ from rich.text import Text
 from ..files import write_text
 
 if TYPE_CHECKING:
+    from ..data import SourceSettings
     from ..verbs import Xray
     from ..verbs.preparing import Repaired
     from .screen import Terminal
 
 
 def check_files(files: list[str], format: str | None, screen: Terminal) -> int:
-    """Findings of each file; returns how many are errors."""
+    """Findings of each file, of a recipe's for each of its sources; returns how many are errors."""
     import json
 
     from ..data.lint import check_source
-    from ..data.sources import named
     from .screen import draw_findings
 
     errors, told = 0, {}
-    for file in files:
-        found = check_source(named(file, format), Path())
+    for source in _sources(files, format):
+        file, found = source.path, check_source(source, Path())
         errors += sum(one.count for one in found if one.severity == "error")
         told[file] = [
             {
@@ -39,10 +40,21 @@ def check_files(files: list[str], format: str | None, screen: Terminal) -> int:
         ]
         if not screen.machine:
             screen.console.print(Text(file, style="bold"))
-            screen.console.print(draw_findings(found))
+            screen.console.print(draw_findings(found, file))
     if screen.machine:
         print(json.dumps({"errors": errors, "files": told}, ensure_ascii=False))
     return errors
+
+
+def _sources(files: list[str], format: str | None) -> Iterator[SourceSettings]:
+    from ..config import load
+    from ..data.sources import named
+
+    for file in files:
+        if Path(file).suffix in (".yaml", ".yml") and format is None:
+            yield from load(Path(file)).data.sources
+        else:
+            yield named(file, format)
 
 
 def show_repairs(done: Repaired, screen: Terminal) -> None:

@@ -263,8 +263,8 @@ def open_screen(machine: bool = False) -> Iterator[Terminal]:
         yield terminal
 
 
-def draw_findings(findings: Sequence[Any]) -> Table:
-    """Findings by severity, as `fitout data check` shows them."""
+def draw_findings(findings: Sequence[Any], file: str) -> Table:
+    """Findings by severity, as `fitout data check` shows them below the name of the file or folder."""
     table = Table(box=None, pad_edge=False)
     for head in ("severity", "rows", "finding", "for example"):
         table.add_column(head)
@@ -273,7 +273,13 @@ def draw_findings(findings: Sequence[Any]) -> Table:
         table.add_row(
             Text(one.severity, style=styles[one.severity]),
             str(one.count),
-            Text(one.message),
-            Text(", ".join(map(str, one.origins[:2]))),
+            Text(one.message.replace(f"{file}:", "line ").replace(f"{file}/", "")),
+            Text(", ".join(_within(str(origin), file) for origin in one.origins[:2]), overflow="fold"),
         )
     return table
+
+
+def _within(origin: str, file: str) -> str:
+    """Where a row is in the file or folder that was named."""
+    line = origin.removeprefix(f"{file}:")
+    return f"line {line}" if line != origin else origin.removeprefix(f"{file.rstrip('/')}/")

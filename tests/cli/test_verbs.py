@@ -184,6 +184,17 @@ def test_check_json_and_its_exit_code(tmp_path):
     assert any("bad.jsonl:2" in origin for finding in findings for origin in finding["origins"])
 
 
+def test_check_names_the_lines_below_the_file_and_reads_a_recipes_sources(tmp_path):
+    folder = tmp_path / "a folder with a long name" / "and another one within it, longer than a column"
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "broken\n' * 3)
+    path = recipe(tmp_path, data=json.dumps(str(folder / "rows.jsonl")))
+    for what in (folder / "rows.jsonl", path):
+        drawn = fitout("data", "check", what, cwd=tmp_path)
+        assert drawn.code == 1 and str(folder / "rows.jsonl") in drawn.out and "line 2, line 4" in drawn.out
+        assert "…" not in drawn.out
+
+
 def test_doctor_json(tmp_path):
     done = fitout("doctor", "--model", "embedded:shell", "--json", cwd=tmp_path)
     assert done.code == 0, done.err
