@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +22,20 @@ from .fused import rms_norm, rotary, swiglu
 ROUNDING = 1e-5  # largest difference over largest value, fp32
 
 
-def fuse(model: nn.Module) -> None:
-    """Replaces what can be replaced, in place. Modules, parameters and their names stay as they are."""
+@contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Replaces what can be replaced, in place, until the block ends. Modules, parameters and their names stay as they
+    are. The rotation is a function of a modelling file: inside the block every model of that file has it."""
+    undo: list[Callable[[], None]] = []
+    try:
+        _replace(model, undo)
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _replace(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     tried: dict[Any, bool] = {}
 
     def equal(what: Any, trial: Callable[[Any], bool], subject: Any) -> bool:
@@ -33,12 +46,18 @@ def fuse(model: nn.Module) -> None:
     for module in list(model.modules()):
         kind, home = type(module), sys.modules[type(module).__module__]
         if _is_norm(module) and equal(kind, _same_norm, module):
-            module.forward = _Norm(module)
+            _set(module, "forward", _Norm(module), undo)
         elif _is_gated(module) and equal(kind, _same_gated, module):
-            module.forward = _Gated(module)
+            _set(module, "forward", _Gated(module), undo)
         original = getattr(home, ROTARY, None)
         if original and not isinstance(original, _Rotary) and equal(home, _same_rotary, original):
-            setattr(home, ROTARY, _Rotary(original))
+            _set(home, ROTARY, _Rotary(original), undo)
+
+
+def _set(where: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    before = vars(where).get(name)
+    setattr(where, name, value)
+    undo.append(lambda: delattr(where, name) if before is None else setattr(where, name, before))
 
 
 # norms

@@ -151,7 +151,7 @@ class Rehearsal:
         import torch
 
         from ..model import methods
-        from ..model.fuse import fuse
+        from ..model.fuse import fused
         from ..model.load import DTYPES, load_base
         from ..model.methods.base import raise_to_fp32, trainable
         from ..model.precision import best_device
@@ -167,7 +167,6 @@ class Rehearsal:
         model.fitout_grown_vocabulary = self.grown
         method.apply(model)
         raised = raise_to_fp32(trainable(model))
-        fuse(model)
         parameters = list(trainable(model).values())
         optimizer = make_optimizer(trainable(model), self.train, method.rates(model))
         if setup.recompute:
@@ -189,21 +188,22 @@ class Rehearsal:
                 torch.cuda.synchronize(device)
             return time.perf_counter()
 
-        method.begin(model, gradients)
         rounds: list[list[float]] = []
-        began = now()
-        while len(rounds) < ROUNDS and now() - began < SECONDS:
-            marks = [now()]
-            for layout in layouts:
-                loss = forward(layout)
+        with fused(model):
+            method.begin(model, gradients)
+            began = now()
+            while len(rounds) < ROUNDS and now() - began < SECONDS:
+                marks = [now()]
+                for layout in layouts:
+                    loss = forward(layout)
+                    marks.append(now())
+                    loss.backward()
+                    marks.append(now())
+                torch.nn.utils.clip_grad_norm_(parameters, self.train.clip or float("inf"))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
                 marks.append(now())
-                loss.backward()
-                marks.append(now())
-            torch.nn.utils.clip_grad_norm_(parameters, self.train.clip or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            marks.append(now())
-            rounds.append([float(x) for x in np.diff(marks)])
+                rounds.append([float(x) for x in np.diff(marks)])
         *steps, update = (median(column) for column in zip(*rounds[1:] or rounds, strict=True))
         back = settings.cost(replace(self.shape, layers=depth)).layers
         return Trial(depth, back, np.array(steps[0::2]), np.array(steps[1::2]), np.array(update))

@@ -106,7 +106,7 @@ def import_training() -> None:
     import_libraries()
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    from ..model.fuse import fuse  # noqa: F401
+    from ..model.fuse import fused  # noqa: F401
     from ..train.loop import fit  # noqa: F401
 
 

@@ -47,7 +47,7 @@ def _train_model(
     import torch
 
     from ..model import methods
-    from ..model.fuse import fuse
+    from ..model.fuse import fused
     from ..model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
     from ..model.methods.base import count, raise_to_fp32, trainable
     from ..model.precision import decide, use_threads
@@ -117,7 +117,6 @@ def _train_model(
     raised = raise_to_fp32(trainable(model))  # what is trained of the base itself stays in fp32
     backend.compute_in(kind, autocast=raised or not method.frozen_base)
     _require_context(model, recipe, report)
-    fuse(model)
 
     lr = recipe.train.lr or recipe.method.default_lr
     trained = count(trainable(model))
@@ -150,7 +149,7 @@ def _train_model(
         )  # fmt: skip
     listeners = [*make_listeners(recipe.train.listeners, directory, screen.say), *screen.listeners()]
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
-    with backend.watched(directory.stacks, recipe.train.hang_after):
+    with fused(model), backend.watched(directory.stacks, recipe.train.hang_after):
         progress = fit(job, backend, listeners, resume=resume)
     if backend.main:
         _save_trained(recipe, directory, method, model, chat)

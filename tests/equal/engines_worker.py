@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from fitout.data.batches import Batches
 from fitout.errors import Stopped
-from fitout.model.fuse import fuse
+from fitout.model.fuse import fused
 from fitout.model.load import Pending
 from fitout.model.methods import SparseSettings
 from fitout.objectives import SftSettings, create
@@ -45,16 +45,16 @@ def gradients(folder: Path, backend: Backend, kind: str) -> dict[str, torch.Tens
     """The clipped gradients of a step of three samples, each a micro-batch, so that the second of two ranks has an
     empty one. Plain SGD at rate 1 makes the change of the weights the gradient itself."""
     model, _ = adapted(KINDS[kind])
-    fuse(model)
     batches = Batches(random_part(folder, 3), batch_size=3, packing=False, share=False)
     layouts = batches.layouts(0, budget=1, rank=backend.rank, ranks=backend.ranks)
     assert [bool(layout.supervised) for layout in layouts] == {1: [True] * 3, 2: [True, backend.rank == 0]}[
         backend.ranks
     ]
     objective = create(SftSettings())
-    parameters, optimizer = backend.engage(model, objective, lambda p: torch.optim.SGD(p.values(), lr=1.0))
-    before = whole(backend.weights(parameters))
-    result = train_step(model, objective, layouts, list(parameters.values()), optimizer, backend, clip=0.5)
+    with fused(model):  # before an engine divides what it is tried on
+        parameters, optimizer = backend.engage(model, objective, lambda p: torch.optim.SGD(p.values(), lr=1.0))
+        before = whole(backend.weights(parameters))
+        result = train_step(model, objective, layouts, list(parameters.values()), optimizer, backend, clip=0.5)
     after = whole(backend.weights(parameters))
     backend.disengage(model, parameters, frozen_too=False)
     moved = {name: before[name] - after[name] for name in before}
@@ -71,7 +71,6 @@ def whole(tensors) -> dict[str, torch.Tensor]:
 def job(folder: Path, kind: str, **settings):
     """Twelve steps; rank 0's start is what counts."""
     model, method = adapted(KINDS[kind], seed=5 + RANK)
-    fuse(model)
     part = random_part(folder / f"data-{RANK}", 26)
     validation = random_part(folder / f"data-{RANK}", 6, seed=9, name="validation")
     settings = {"keep": "best", "save_every": 4, "micro_batch_tokens": 64, "evaluate_every": 6, **settings}
@@ -81,7 +80,8 @@ def job(folder: Path, kind: str, **settings):
 def whole_run(folder: Path, backend: Backend, kind: str, **settings) -> None:
     """A run, and what it leaves: log, checkpoints and, in result/, the adapter or model."""
     work = job(folder, kind, **settings)
-    fit(work, backend, [JsonLog(work.run.log)] if backend.main else [])
+    with fused(work.model):
+        fit(work, backend, [JsonLog(work.run.log)] if backend.main else [])
     if backend.main:
         work.method.save(work.model, folder / "result", base="base")
 
@@ -108,7 +108,8 @@ def part_of_a_run(folder: Path, backend: Backend, kind: str, until: int) -> None
     work = job(folder, kind)
     listeners = [JsonLog(work.run.log), *([StopAt(until)] if until < TOTAL else [])] if backend.main else []
     try:
-        fit(work, backend, listeners, resume=True)
+        with fused(work.model):
+            fit(work, backend, listeners, resume=True)
     except Stopped:
         assert until < TOTAL
         return

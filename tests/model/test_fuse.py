@@ -29,21 +29,6 @@ FAMILIES = {  # norms, feed-forwards and rotary embedding replaced
 }
 
 
-@pytest.fixture(autouse=True)
-def own_rotary():
-    """Leaves transformers' modelling files as they were found."""
-    before = {
-        name: vars(module)[fusing.ROTARY]
-        for name, module in sys.modules.items()
-        if name.startswith("transformers.models.") and fusing.ROTARY in vars(module)
-    }
-    for name, function in before.items():
-        setattr(sys.modules[name], fusing.ROTARY, getattr(function, "original", function))
-    yield
-    for name, function in before.items():
-        setattr(sys.modules[name], fusing.ROTARY, function)
-
-
 def tiny(family: str, dtype=torch.float32):
     config = CONFIG_MAPPING[family](
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -94,17 +79,33 @@ def test_a_fused_model_trains_as_its_own_code(family, method):
             if name.endswith("lora_B"):
                 torch.nn.init.normal_(parameter, std=0.1)
     want = loss_and_gradients(model)
-    fusing.fuse(model)
-    assert replaced(model) == FAMILIES[family]
-    assert_same(loss_and_gradients(model), want, 1e-4)
+    with fusing.fused(model):
+        assert replaced(model) == FAMILIES[family]
+        assert_same(loss_and_gradients(model), want, 1e-4)
+
+
+def test_afterwards_all_is_as_it_was():
+    """Another model of the same modelling file, and this one itself, compute as if nothing had been fused."""
+    model, other = tiny("llama"), tiny("llama")
+    want = loss_and_gradients(other)
+    with fusing.fused(model):
+        with fusing.fused(other):
+            pass
+        assert replaced(model) == (True, True, True) and not any(replaced(other)[:2])
+        inside = loss_and_gradients(other)
+    assert replaced(model) == replaced(other) == (False, False, False)
+    assert not all(grad.equal(inside[1][name]) for name, grad in want[1].items())  # the rotation is the file's
+    for one in (model, other):
+        got = loss_and_gradients(one)
+        assert got[0].equal(want[0]) and all(grad.equal(got[1][name]) for name, grad in want[1].items())
 
 
 def test_in_bf16_within_its_rounding():
     model = tiny("llama", torch.bfloat16)
     exact = loss_and_gradients(copy.deepcopy(model).float())
     own = loss_and_gradients(model)
-    fusing.fuse(model)
-    ours = loss_and_gradients(model)
+    with fusing.fused(model):
+        ours = loss_and_gradients(model)
     for name, grad in exact[
         1
     ].items():  # not further from the exact gradient than the original's rounding is, twice over
@@ -119,9 +120,9 @@ def test_a_norm_that_computes_something_else_keeps_its_own_code():
 
     model = tiny("llama")
     model.model.norm.__class__ = OtherRMSNorm
-    fusing.fuse(model)
-    assert "forward" not in vars(model.model.norm)
-    assert isinstance(model.model.layers[0].input_layernorm.forward, fusing._Norm)
+    with fusing.fused(model):
+        assert "forward" not in vars(model.model.norm)
+        assert isinstance(model.model.layers[0].input_layernorm.forward, fusing._Norm)
 
 
 def test_gated_lora_linear_equals_lora_linear_of_the_product():

@@ -40,7 +40,7 @@ def saved_bytes(settings, precision: str, layers: int, tokens: int) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fitout.model.attention import NAME, register
-    from fitout.model.fuse import fuse
+    from fitout.model.fuse import fused
 
     register()
     method = methods.create(settings)
@@ -52,7 +52,6 @@ def saved_bytes(settings, precision: str, layers: int, tokens: int) -> int:
         model = load_base(folder, dtype=dtype, extra=method.load_kwargs(dtype))
     method.apply(model)
     method.begin(model, iter)
-    fuse(model)
     model.train()
     first = Segment(0, 20)
     layout = Layout(
@@ -69,7 +68,7 @@ def saved_bytes(settings, precision: str, layers: int, tokens: int) -> int:
 
     casting = not frozen and precision == "bf16"
     autocast = torch.autocast("cpu", torch.bfloat16) if casting else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast, fused(model):
         token_losses(model, layout)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

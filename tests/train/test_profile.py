@@ -16,7 +16,7 @@ from fitout.files import read_json
 from fitout.layout import Layout, Segment
 from fitout.model import methods
 from fitout.model.attention import _Documents
-from fitout.model.fuse import fuse
+from fitout.model.fuse import fused
 from fitout.model.methods import AdapterSettings, DoraSettings, FullSettings, LoraSettings
 from fitout.model.shape import shape_of
 from fitout.objectives import SftSettings, create
@@ -44,21 +44,20 @@ def counted(settings, *, tied=False, recompute=False):
     """(FLOPs by torch's counter without attention, ours by part) of one layout, forward and backward."""
     method, model = methods.create(settings), tiny_llama(tied=tied)
     method.apply(model)
-    fuse(model)
     model.train()
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids, train_on = random_samples(5, prefix=20)
     layout = lay_out(ids, train_on, range(5))
-    loss = OBJECTIVE.loss(model, layout, 1.0)  # what is made once is made
-    loss.backward()
+    with fused(model):
+        OBJECTIVE.loss(model, layout, 1.0).backward()  # what is made once is made
     model.zero_grad()
     aten = torch.ops.aten
 
     def product(own, a, b, *rest, out_shape=None, **more):
         return 2 * a[0] * a[1] * b[1]
 
-    with FlopCounterMode(display=False, custom_mapping={aten.addmm_: product}) as counter:
+    with fused(model), FlopCounterMode(display=False, custom_mapping={aten.addmm_: product}) as counter:
         OBJECTIVE.loss(model, layout, 1.0).backward()
     by_operation = counter.get_flop_counts()["Global"]
     matrix = (aten.mm, aten.addmm, aten.addmm_)
@@ -133,13 +132,13 @@ def test_parts_add_up_and_agree_with_a_stopwatch(tmp_path, monkeypatch):
     for name in ("clip", "update"):
         monkeypatch.setattr(Backend, name, update.over(getattr(Backend, name)))
     model, method = adapted(LoraSettings(rank=4))
-    fuse(model)
     part = random_part(tmp_path, 40, low=60, high=120)
     job = job_of(tmp_path, model, part, total=6, batch_size=16, micro_batch_tokens=400, method=method)
     shape = shape_of(model.config.to_dict())
     products = Products(shape, LoraSettings(rank=4).cost(shape), "fp32", OneFlop(), 64)
     object.__setattr__(job, "profile", Profile(job.run, products, CPU))
-    train(job)
+    with fused(model):
+        train(job)
     [told] = events(job.run.log, "profiled")
     report = read_json(job.run.profile_parts)
     assert {key: told[key] for key in report} == report and told["step"] == 4
