@@ -11,6 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py and planner.py
+CRASH, FAULTS, POWER, FLIPS = "crash.json", "disk-faults.json", "disk-power.json", "disk-flips.json"
 NAMES = {
     "fitout": "Fitout", "trl default": "TRL, default", "trl best": "TRL, best effort",
     "trainer best": "transformers Trainer, best effort",
@@ -24,9 +25,11 @@ DATA = {
 def main() -> None:
     results = {path.name: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     real = results.pop(REAL, None)
+    lost = {name: results.pop(name) for name in (CRASH, FAULTS, POWER, FLIPS) if name in results}
     full = [result for result in results.values() if not result["quick"]]
     _put("table", [_section(result) for result in full if result.get("kind") != "planner"])
     _put("real input", [_real_input(real)] if real else [])
+    _put("survival", [_survival(lost)] if lost else [])
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
 
 
@@ -105,6 +108,44 @@ def _row(result: dict[str, Any], side: str) -> str:
         f"| {mid('start_to_first_step_s'):.1f} s | {ratio('start_to_first_step_s')} "
         f"| {format(parity['largest_gap'], '.1e') if parity else ''} |"
     )
+
+
+# survival
+
+
+def _survival(results: dict[str, Any]) -> str:
+    rows = []
+    for side in results.get(CRASH, {}).get("sides", {}):
+        trials = results[CRASH]["sides"][side]["trials"]
+        ended = [trial for trial in trials if trial["bit_equal"] is not None]
+        into_saves = sum(trial["in_save"] for trial in trials)
+        rows.append(
+            f"| `kill -9`, {side} | {len(trials)}, {into_saves} of them into a save | the same command went on after "
+            f"{sum(trial['went_on'] for trial in trials)}; of {len(ended)} whose run came to its end "
+            f"{sum(trial['bit_equal'] for trial in ended)} are bit-equal |"
+        )
+    if FAULTS in results:
+        trials = results[FAULTS]["trials"]
+        passed = sum(not trial["problems"] for trial in trials)
+        rows.append(
+            f"| a file operation fails | {len(trials)} spread over {results[FAULTS]['operations']} operations "
+            f"| {passed} passed |"
+        )
+    if POWER in results:
+        result = results[POWER]
+        starts = result["starts"]
+        rows.append(
+            f"| the power goes | {result['states']} states over {result['operations']} operations "
+            f"| {result['states'] - len(result['failures'])} passed; {starts['ended well']} of {starts['tried']} that "
+            "were run on ended bit-equal |"
+        )
+    if FLIPS in results:
+        result = results[FLIPS]
+        passed = result["trials"] - len(result["failures"])
+        rows.append(f"| a bit flips or a file is cut | {result['trials']} | {passed} passed |")
+    machine = next(iter(results.values()))["machine"]
+    head = f"{machine['processor']}, torch {machine['torch']}; {machine['when']}."
+    return head + "\n\n" + _lines("| what happens | trials | outcome |", rows)
 
 
 # real input

@@ -235,12 +235,13 @@ class TrainingBar:
                 self.screen.say(f"passed over a damaged checkpoint: {problem}")
             self.screen.say(f"going on from step {row['step']}" if row["step"] else "starting from the beginning")
         elif event == "oom":
-            what = row.get("micro_batch_tokens")
-            self.screen.say(
-                f"memory ran out: micro-batches of {what:,} tokens from here (same steps, same order)"
-                if what
-                else "memory ran out: activations are recomputed from here"
-            )
+            if "saving" in row:
+                done = "what was free is given back, and the checkpoint written again"
+            elif "micro_batch_tokens" in row:
+                done = f"micro-batches of {row['micro_batch_tokens']:,} tokens from here (same steps, same order)"
+            else:
+                done = "activations are recomputed from here"
+            self.screen.say(f"memory ran out: {done}")
         elif event == "profiled":
             from .profile_view import draw_profile
 

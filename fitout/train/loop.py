@@ -159,7 +159,7 @@ class _Run:
         differs = [key for key in wanted if saved.get(key) != wanted[key]]
         if differs:
             raise CheckError(
-                f"the checkpoint was made with another {', another '.join(differs)}",
+                f"the checkpoint was made with another {', another '.join(differs)}{_changes(saved, wanted)}",
                 where=str(checkpoint.folder),
                 harm="Going on would mix two trainings.",
                 hint="Undo the change, or start anew with another name or --out.",
@@ -437,6 +437,30 @@ class _Run:
         if self.saved_step == self.at.step:
             return
         self.backend.alive()
+        if not self._written():  # nothing half-written is left; what the step no longer needs may be enough
+            give_back(self.backend.device)
+            self._tell("oom", saving=True)
+            if not self._written():
+                raise FitoutError(
+                    f"memory ran out while the checkpoint of step {self.at.step} was written",
+                    where=str(self.checkpoints.path(self.at.step)),
+                    harm="The checkpoint before it is complete; nothing after it was kept.",
+                    hint="Leave more memory free, or take method: {kind: lora} or train.optimizer: adamw_8bit, and "
+                    "run again with --resume.",
+                )
+        self.saved_step = self.at.step
+
+    def _written(self) -> bool:
+        """Writes the checkpoint; False when memory did not suffice."""
+        try:
+            self._write()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or self._shares_steps:
+                raise
+            return False
+        return True
+
+    def _write(self) -> None:
         weights, moments = self._weights(), self.backend.moments(self.optimizer, self.parameters)
         if self.backend.main:
             self.checkpoints.save(
@@ -449,7 +473,6 @@ class _Run:
             self.checkpoints.prune(self.job.settings.keep_last, self.at.best_step)
         self.backend.bring_together(weights, moments)
         self.backend.barrier()
-        self.saved_step = self.at.step
 
     def finish(self) -> None:
         """The last checkpoint, then the weights the run ends with."""
@@ -522,3 +545,12 @@ def memory_mb(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def _changes(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The keys of the recipe that differ, each with both values."""
+    before, now = saved.get("recipe"), wanted.get("recipe")
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return ""
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return f" ({'; '.join(f'{key}: {before.get(key)!r} -> {now.get(key)!r}' for key in keys[:5])})" if keys else ""

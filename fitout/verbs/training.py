@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Recipe
-from ..errors import RequestError
+from ..errors import FitoutError, RequestError
 from ..files import staged_folder
 from ..rundir import RunDir
 from .delivering import describe_trained
@@ -124,6 +124,8 @@ def _train_model(
     screen.say(f"{recipe.method.kind}: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2f} %)")
     if method.held:
         screen.say(f"the base is held {method.held}; evaluation, chat and serving hold it so too")
+    if backend.main:
+        _require_space(recipe, directory, model, whole, method.frozen_base, total)
     for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
         screen.say(note)
     tell_sharing(batches, total, screen)
@@ -160,7 +162,7 @@ def _train_model(
             training=_figures(progress, time.time() - started, trained, whole) | speed,
         )
         describe_trained(recipe, directory)
-        for line in (*_told(progress), speed_line):
+        for line in (*_told(progress, recipe.train.keep), speed_line):
             screen.say(line)
         if forecast:
             screen.say(told_against_plan(directory, forecast, before_mb, device, whole=not resumed and not profile))
@@ -212,6 +214,37 @@ def _require_context(model: Any, recipe: Recipe, report: dict[str, Any]) -> None
         )
 
 
+def _require_space(recipe: Recipe, directory: RunDir, model: Any, whole: int, adapts: bool, total: int) -> None:
+    """Refuses a run whose checkpoints and final weights the disk has no room for, beside what is there already."""
+    from shutil import disk_usage
+
+    from ..model.methods.base import count, trainable
+
+    trained = count(trainable(model))
+    moments = 8 if recipe.train.optimizer == "adamw" else 2
+    held = whole * model.get_input_embeddings().weight.element_size()  # a 4-bit base is merged in 16 bits
+    saves = min(recipe.train.keep_last + 2, total // recipe.train.save_every + 1)  # the best one, and one being written
+    parts = {
+        f"{saves} checkpoints of {_size(trained * (4 + moments))}": saves * trained * (4 + moments),
+        "the adapter" if adapts else "the model": trained * 4 if adapts else held,
+        "the merged model": held if adapts and recipe.export.merge else 0,
+    }
+    there = sum(file.stat().st_size for file in directory.path.rglob("*.safetensors"))
+    needed, free = max(0, sum(parts.values()) - there), disk_usage(directory.path).free
+    if needed > free:
+        what = ", ".join(f"{name} {_size(size)}" if "of" not in name else name for name, size in parts.items() if size)
+        raise FitoutError(
+            f"the disk has {_size(free)} free, and this run will write {_size(needed)} ({what})",
+            where=str(directory.path),
+            harm="It would train until a save fails.",
+            hint="Free space, name another disk with --out, set train.keep_last: 1 or export.merge: false.",
+        )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def _identity(recipe: Recipe, prepared: Prepared, base: str, precision: str) -> dict[str, Any]:
     """What a checkpoint must agree with to be gone on from."""
     settings = comparable(recipe)
@@ -226,7 +259,8 @@ def _identity(recipe: Recipe, prepared: Prepared, base: str, precision: str) -> 
 
 
 def base_fingerprint(base: str) -> str:
-    """Names a base model: its config, and size and first MiB of each weights file (a hub id by itself)."""
+    """Names a base model: its config, and each weights file by its size, its beginning and 64 KiB of each of 64 places
+    (a merged adapter leaves the beginning as it was). A hub id names itself."""
     import hashlib
 
     folder = Path(base)
@@ -234,8 +268,13 @@ def base_fingerprint(base: str) -> str:
         return base
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as handle:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + handle.read(1 << 20))
+            digest.update(handle.read(1 << 20))
+            for place in range(64):
+                handle.seek(size * place // 64)
+                digest.update(handle.read(1 << 16))
     return digest.hexdigest()[:20]
 
 
@@ -270,16 +309,17 @@ def _figures(progress: Progress, seconds: float, trained: int, whole: int) -> di
     }
 
 
-def _told(progress: Progress) -> list[str]:
+def _told(progress: Progress, keep: str) -> list[str]:
     lines = [
         f"trained {progress.step:,} steps, {progress.supervised:,} supervised of {progress.tokens:,} tokens, "
         f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s"
     ]
     if progress.base_loss is not None and progress.best_loss is not None:
-        lines.append(
-            f"validation loss: base {progress.base_loss:.4f} -> best {progress.best_loss:.4f} "
-            f"(step {progress.best_step})"
-        )
+        best = f"best {progress.best_loss:.4f} (step {progress.best_step})"
+        last = progress.validation[-1][1]
+        if keep == "last" and last is not None:
+            best = f"{last:.4f} at the end, which is kept; {best}"
+        lines.append(f"validation loss: base {progress.base_loss:.4f} -> {best}")
     if progress.skipped:
         lines.append(f"{progress.skipped} steps were skipped: their gradients were not finite (see log.jsonl)")
     return lines

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -188,6 +189,32 @@ def test_a_full_disk_while_training(tmp_path):
     assert not list(run.checkpoints.glob("step-*"))
 
 
+@pytest.mark.parametrize("method", ["{kind: lora, rank: 8}", "{kind: full}"])
+def test_a_disk_without_room_is_told_before_training(tmp_path, monkeypatch, method):
+    """What is asked for is what a run really writes: its checkpoints, with one more in writing, and its end."""
+    rows(tmp_path / "rows.jsonl")
+    changes = ["--set", f"method={method}", "--set", "train.save_every=1", "--set", "train.max_steps=6"]
+    whole = fitout("train", recipe(tmp_path), *changes, "--out", "whole", cwd=tmp_path)
+    assert whole.code == 0, whole.err
+    run = RunDir(tmp_path / "whole")
+    one = sum(file.stat().st_size for file in (run.checkpoints / "step-6").iterdir())
+    end = sum(file.stat().st_size for folder in (run.adapter, run.model) for file in folder.glob("*.safetensors"))
+    merged = 0 if "full" in method else sum(f.stat().st_size for f in (Path(SHELL)).glob("*.safetensors"))
+    wants = 4 * one + end + merged  # keep_last 2, the best, one in writing
+
+    def left(free: float):
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=1e12, used=0, free=int(free)))
+
+    left(0.9 * wants)
+    done = fitout("train", recipe(tmp_path), *changes, cwd=tmp_path)
+    told(done, tmp_path, "MB free", "4 checkpoints", "until a save fails", "--out", code=1, lines=3)
+    assert not list((tmp_path / "runs" / "tiny" / "checkpoints").glob("*"))
+    left(1.1 * wants)
+    assert fitout("train", recipe(tmp_path), *changes, "--resume", cwd=tmp_path).code == 0
+    left(0.1 * wants)  # what is there already counts
+    assert fitout("train", recipe(tmp_path), *changes, "--resume", "--set", "train.max_steps=7", cwd=tmp_path).code == 0
+
+
 def test_a_second_process_on_the_same_run(tmp_path):
     rows(tmp_path / "rows.jsonl")
     run = RunDir(tmp_path / "runs" / "tiny")
@@ -208,3 +235,19 @@ def test_a_context_that_is_too_short(tmp_path):
     rows(tmp_path / "rows.jsonl")
     done = fitout("train", recipe(tmp_path), "--set", "data.max_length=99999", cwd=tmp_path)
     told(done, tmp_path, "positions", "Set data.max_length", lines=3)
+
+
+def test_a_base_that_was_changed_under_a_run_is_told(tmp_path):
+    """Also where only the end of its weights changed, as a merge leaves it: the embeddings at the beginning stay."""
+    base = tmp_path / "base"
+    shutil.copytree(SHELL, base)
+    rows(tmp_path / "rows.jsonl")
+    path = recipe(tmp_path, base=str(base))
+    assert fitout("train", path, "--set", "train.save_every=1", cwd=tmp_path).code == 0
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    for at in range(len(content) - len(content) // 8, len(content), 4):
+        content[at] ^= 1
+    weights.write_bytes(content)
+    done = fitout("train", path, "--resume", "--set", "train.max_steps=3", cwd=tmp_path)
+    told(done, tmp_path, "another base", "mix two trainings", code=1, lines=3)

@@ -9,7 +9,7 @@ import torch
 from fitout.errors import FitoutError
 from fitout.files import read_jsonl
 from fitout.model.memory import is_out_of_memory
-from fitout.train import TrainSettings, loop
+from fitout.train import TrainSettings, checkpoint, loop
 from fitout.train.optim import learning_rate, make_optimizer
 from tests.conftest import tiny_llama
 from tests.equal.small import events, job_of, losses, random_part, train, trained_tensors
@@ -75,6 +75,38 @@ def test_out_of_memory_to_the_end(tmp_path, monkeypatch):
     assert budgets == sorted(budgets, reverse=True) and len(budgets) == len(set(budgets)) >= 2
     assert told[-1]["gradient_checkpointing"] is True
     assert job.model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("fails", [{4}, {4, 6}], ids=["once", "twice"])
+def test_out_of_memory_in_a_save(tmp_path, monkeypatch, fails):
+    """Once: written again, the same run. Twice: told with advice, the checkpoint before it whole, no half-written one,
+    and going on from it is the same run too."""
+    want = make_job(tmp_path / "calm", save_every=3)
+    train(want)
+    real, calls = checkpoint.write_tensors, []
+
+    def short(path, tensors):
+        calls.append(path.name)  # two files a save: the fourth is the optimizer's of step 6
+        if len(calls) in fails:
+            path.write_bytes(b"half")
+            raise MemoryError
+        return real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", short)
+    job = make_job(tmp_path / "short", save_every=3)
+    if len(fails) == 1:
+        train(job)
+    else:
+        with pytest.raises(FitoutError, match="memory ran out while the checkpoint of step 6 was written") as error:
+            train(job)
+        assert "adamw_8bit" in error.value.hint
+        assert [path.name for path in job.run.checkpoints.iterdir() if path.is_dir()] == ["step-3"]
+        job = make_job(tmp_path / "short", save_every=3)
+        train(job, resume=True)
+    assert [told["step"] for told in events(job.run.log, "oom")] == [6]
+    assert losses(job.run.log) == losses(want.run.log)
+    for name, tensor in trained_tensors(job.model).items():
+        assert tensor.equal(trained_tensors(want.model)[name])
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
