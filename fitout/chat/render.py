@@ -7,6 +7,7 @@ about a template, and training and inference cannot drift apart.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from .sandbox import Ask, renderer
 from .tokenizer import LoadedTokenizer, load_tokenizer
 from .types import Conversation, Message, Origin, Text, Tokens
 
+SWITCH = re.compile(r"\b(\w*think\w*)\s+is\s+(?:not\s+)?defined\b")  # as Qwen's and its relatives' templates spell it
 SAMPLE = (Message("user", "Which way is north?"), Message("assistant", "That way."))
 
 
@@ -199,9 +201,13 @@ class Chat:
             raise TemplateError(
                 f"the chat template ({self.template_name}) writes a finished turn differently from its own prompt",
                 harm="The model would be trained on text that it never sees at inference.",
-                hint="Use chat.template_kwargs to make them agree (enable_thinking: true, say), or another template.",
+                hint=f"Try chat.template_kwargs: {{{self._switch()}: true}} (or false), or another template.",
             )
         return _Rendered(whole, ((len(prompt), len(whole)),))
+
+    def _switch(self) -> str:
+        """A variable by which the template asks whether the model thinks aloud."""
+        return next(iter(SWITCH.findall(self.tokenizer.chat_template)), "enable_thinking")
 
     def _sample(self) -> tuple[_Rendered, str]:
         """SAMPLE with its last turn supervised, and its prompt."""

@@ -64,6 +64,7 @@ class _Work:
         self.ledger = Ledger()
         self.quarantine, self.removed = Lines(run.quarantine), Lines(run.removed)
         self.reasons: dict[str, Counter[str]] = defaultdict(Counter)  # by rule
+        self.template_hint = ""  # what to change where the chat template refused a sample
         self.shown: list[dict[str, Any]] = []
         self.sources: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}  # figures for the report
@@ -164,7 +165,7 @@ def _stages(
     work.close(keep=True)
     write_json(run.data_report, report)
     if not report["parts"]["train"]["supervised"]:
-        raise _nothing_to_train(report, run)
+        raise _nothing_to_train(report, run, work.template_hint)
     write_json(run.data_details, work.details)
     write_page(run.data_page, report, work.details, work.shown)
     return report
@@ -540,6 +541,7 @@ def _render_part(
             ):
                 if isinstance(rendered, TemplateError):
                     work.reject(stage, sample.origin, rendered.message, as_row(sample), rule="template", form="sample")
+                    work.template_hint = rendered.hint
                     continue
                 fitted = _cut_text(rendered, settings) if wants == "text" else _fit(sample, rendered, settings, stage,
                                                                                     work)  # fmt: skip
@@ -775,7 +777,7 @@ def _report(
         "max_length": settings.max_length,
         "too_long": settings.too_long,
         "template": chat.template_name,
-        "notes": chat.notes,
+        "notes": [*chat.notes, *([work.template_hint] if work.template_hint else [])],
     }
 
 
@@ -868,14 +870,18 @@ def _spread(lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _nothing_to_train(report: dict[str, Any], run: RunDir) -> DataError:
-    reasons = [f"{n} {reason}" for reason, n in [*report["removed"].items(), *report["quarantined"].items()]]
+def _nothing_to_train(report: dict[str, Any], run: RunDir, template_hint: str) -> DataError:
+    reasons = [f"{n} {reason}" for reason, n in report["removed"].items()]
+    for rule, n in report["quarantined"].items():
+        most, count = max(report["reasons"][rule].items(), key=lambda item: item[1])
+        reasons.append(f"{n} {rule} ({'' if count == n else 'most often: '}{most})")
     return DataError(
         f"no token is left to train on: of {report['samples']} samples "
         + ("; ".join(reasons) or "none is for training"),
         where=str(run.data),
         harm="Training would run and change nothing.",
-        hint="See quarantine.jsonl; raise data.max_length, or change data.split or the sources' `split:`.",
+        hint=template_hint
+        or "See quarantine.jsonl; raise data.max_length, or change data.split or the sources' `split:`.",
     )
 
 

@@ -32,6 +32,9 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
         screen.say(f"  {stage['told']}")
     for line in told(report):
         screen.say(f"  {line}")
+    for note in report["notes"]:
+        if note not in chat.notes:  # those were told already
+            screen.say(f"  {note}")
     part = report["parts"]["train"]
     share = 100 * part["supervised"] / max(1, part["tokens"])
     screen.say(f"training tokens: {part['tokens']:,}, of them trained {part['supervised']:,} ({share:.0f} %)")

@@ -254,6 +254,24 @@ def test_a_template_that_drops_the_answer_is_refused(tmp_path):
     assert "leaves the assistant's text out" in refusal(tmp_path, GOOD.replace("A: {{ m.content }}", "A:")).message
 
 
+def test_a_template_that_thinks_names_its_own_switch(tmp_path):
+    """As MiniMind's does: the prompt closes the thoughts that a finished turn with reasoning then has open."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content is defined %}<think>\n"
+        "{{ m.reasoning_content }}\n</think>\n{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if open_thinking is defined and open_thinking %}"
+        "<think>\n{% else %}<think>\n\n</think>\n{% endif %}{% endif %}"
+    )
+    thought = Message("assistant", "4", extra={"reasoning_content": "2 and 2"})
+    where = folder(tmp_path, template, tokens=["<|im_start|>", "<|im_end|>"])
+    with pytest.raises(TemplateError, match="differently from its own prompt") as error:
+        open_chat(where).render(talk(Message("user", "2 + 2?"), thought))
+    assert "chat.template_kwargs: {open_thinking: true}" in error.value.hint
+    chat = open_chat(where, ChatSettings(template_kwargs={"open_thinking": True}))
+    [tokens] = chat.render(talk(Message("user", "2 + 2?"), thought))
+    assert trained_text(chat, tokens) == ["2 and 2\n</think>\n4<|im_end|>"]
+
+
 def test_a_prompt_that_is_no_beginning_is_refused(tmp_path):
     error = refusal(tmp_path, GOOD.replace("A:{% endif %}", "Answer:{% endif %}"))
     assert "differently from its own prompt" in error.message
