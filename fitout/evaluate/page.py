@@ -160,9 +160,13 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def signed(value: float) -> str:
-    """With its sign and one digit; what rounds to nothing is +0.0, never -0.0."""
-    return f"{round(value, 1) + 0.0:+.1f}"
+def signed(score: Score) -> tuple[str, str, str]:
+    """A difference and its bounds, each with its sign and one digit, more where a bound that is not zero would read as
+    zero; what rounds to nothing is +0.0, never -0.0."""
+    nearest = min(abs(score.low), abs(score.high)) if score.low > 0 or score.high < 0 else 1.0
+    digits = next((digits for digits in (1, 2, 3) if round(nearest, digits)), 4)
+    value, low, high = (f"{round(x, digits) + 0.0:+.{digits}f}" for x in (score.value, score.low, score.high))
+    return value, low, high
 
 
 def number(score: Score) -> str:
@@ -170,7 +174,8 @@ def number(score: Score) -> str:
 
 
 def _change(score: Score) -> str:
-    return f"{signed(score.value)}<small>{signed(score.low)} to {signed(score.high)}</small>"
+    value, low, high = signed(score)
+    return f"{value}<small>{low} to {high}</small>"
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -223,12 +228,11 @@ def _head(result: EvaluationResult, title: str) -> str:
 
 
 def _figure(comparison: Comparison, what: str) -> str:
-    gap = comparison.difference
+    change, low, high = signed(comparison.difference)
     return (
         f'<div class="figure"><div class="what">{text(what)}</div><div class="numbers">'
         f'<span class="from">{comparison.base.value:.1f} →</span> {comparison.tuned.value:.1f}</div>'
-        f"<div>{_verdict(comparison)} <small>{signed(gap.value)}, 95 % interval {signed(gap.low)} to "
-        f"{signed(gap.high)}</small>"
+        f"<div>{_verdict(comparison)} <small>{change}, 95 % interval {low} to {high}</small>"
         "</div></div>"
     )
 

@@ -90,14 +90,14 @@ def _line(name: str, score: Comparison) -> list[Any]:
     """Cells as plain text: names come from data and must not be read as markup."""
     from rich.text import Text
 
-    gap = score.difference
+    change, low, high = page.signed(score.difference)
     word, style = {"better": ("better", "green"), "worse": ("worse", "red")}.get(score.verdict, ("not shown", "dim"))
     return [
         Text(name),
         str(score.base.n),
         f"{score.base.value:.1f}",
         f"{score.tuned.value:.1f}",
-        page.signed(gap.value),
-        f"{page.signed(gap.low)} to {page.signed(gap.high)}",
+        change,
+        f"{low} to {high}",
         Text(word, style=style),
     ]

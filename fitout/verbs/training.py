@@ -225,7 +225,7 @@ def _require_space(recipe: Recipe, directory: RunDir, model: Any, whole: int, ad
     held = whole * model.get_input_embeddings().weight.element_size()  # a 4-bit base is merged in 16 bits
     saves = min(recipe.train.keep_last + 2, total // recipe.train.save_every + 1)  # the best one, and one being written
     parts = {
-        f"{saves} checkpoints of {_size(trained * (4 + moments))}": saves * trained * (4 + moments),
+        f"{saves} checkpoint{'s' * (saves > 1)} of {_size(trained * (4 + moments))}": saves * trained * (4 + moments),
         "the adapter" if adapts else "the model": trained * 4 if adapts else held,
         "the merged model": held if adapts and recipe.export.merge else 0,
     }

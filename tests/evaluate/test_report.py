@@ -12,6 +12,7 @@ from rich.console import Console
 from fitout.chat.types import Message
 from fitout.evaluate import EvaluateSettings, drawing, page
 from fitout.evaluate.report import summary_table, write_report
+from fitout.evaluate.scores import Score
 from fitout.evaluate.suite import evaluate
 from fitout.files import read_json, read_jsonl
 from fitout.rundir import RunDir
@@ -236,3 +237,17 @@ def test_a_saved_report_draws_the_same_table(written):
         drawn.append(out.getvalue())
     assert drawn[0] == drawn[1]
     assert "kept" in drawn[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "written"),
+    [
+        (92.14, 87.1, 96.43, ("+92.1", "+87.1", "+96.4")),
+        (-0.0136, -0.0678, -0.0016, ("-0.014", "-0.068", "-0.002")),
+        (0.6, 0.04, 1.2, ("+0.60", "+0.04", "+1.20")),
+        (-0.01, -0.02, 0.0, ("+0.0", "+0.0", "+0.0")),  # holds zero: nothing was shown
+        (-3e-6, -5e-6, -1e-6, ("+0.0000", "+0.0000", "+0.0000")),
+    ],
+)
+def test_a_bound_that_is_not_zero_does_not_read_as_zero(value, low, high, written):
+    assert page.signed(Score(value, 20, low, high)) == written
