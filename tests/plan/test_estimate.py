@@ -68,7 +68,7 @@ def saved_bytes(settings, precision: str, layers: int, tokens: int) -> int:
 
     casting = not frozen and precision == "bf16"
     autocast = torch.autocast("cpu", torch.bfloat16) if casting else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast, fused(model):
+    with fused(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
         token_losses(model, layout)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
