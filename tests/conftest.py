@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # what runs here and what runs in a child are compared bit for bit
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("FITOUT_HOME", tempfile.mkdtemp(prefix="fitout-home-"))  # no test writes into the user's own
+if "FITOUT_HOME" not in os.environ:  # no test writes into the user's own
+    os.environ["FITOUT_HOME"] = tempfile.mkdtemp(prefix="fitout-home-")
+    atexit.register(shutil.rmtree, os.environ["FITOUT_HOME"], ignore_errors=True)
 
 import numpy as np
 import pytest
