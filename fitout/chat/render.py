@@ -299,7 +299,7 @@ def open_chat(
     trust_remote_code: bool = False,
 ) -> Chat:
     """The tokenizer and template of a model folder or hub id; `check` is run before training, not here."""
-    renderer().start()  # it will be ready when the tokenizer is
+    renderer().start()  # unless it was when torch began to be imported; it will be ready when the tokenizer is
     loaded = load_tokenizer(
         str(base), settings or ChatSettings(), revision=revision, trust_remote_code=trust_remote_code
     )

@@ -120,6 +120,9 @@ def import_libraries() -> None:
     objects that all stay (measured 2.7 -> 2.1 s). What they made is then left out of later collections."""
     if "transformers.modeling_utils" in sys.modules:
         return
+    from ..chat.sandbox import renderer
+
+    renderer().start()  # which imports what it needs meanwhile
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler else writes of itself on the screen
     gc.disable()
     try:
