@@ -57,7 +57,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        with explain_os_errors(Path(error.filename or folder), "write"):
+        with explain_os_errors(Path(os.fsdecode(error.filename or folder)), "write"):
             raise
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
-from fitout.files import atomic_path, staged_folder, write_text
+from fitout.errors import FitoutError
+from fitout.files import atomic_path, explain_full_disk, staged_folder, write_text
 
 
 @pytest.fixture
@@ -47,3 +49,9 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_beside_it(tmp_path):
         staging.write_text("half")
         raise RuntimeError
     assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_disk_that_fails_is_told_also_where_a_library_names_the_file_in_bytes(tmp_path):
+    with pytest.raises(FitoutError, match="cannot write: Input/output error") as error, explain_full_disk(tmp_path):
+        raise OSError(errno.EIO, "Input/output error", b"/somewhere/events.out")
+    assert error.value.where == "/somewhere/events.out"

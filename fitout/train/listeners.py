@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,12 +107,18 @@ class Aside:
 
 
 class TensorBoard:
+    """Event files. What its writing thread raises comes again with the next row, so the thread itself says nothing."""
+
+    name = "tensorboard"
+
     def __init__(self, folder: Path):
         self.folder = folder
+        self._say_of_threads = threading.excepthook
 
     def start(self, info: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = self._not_of_its_own  # before its thread writes a first line
         self._writer = SummaryWriter(str(self.folder), purge_step=info["from_step"] + 1 if info["from_step"] else None)
 
     def row(self, row: dict[str, Any]) -> None:
@@ -119,7 +126,14 @@ class TensorBoard:
             self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._say_of_threads
+
+    def _not_of_its_own(self, told: threading.ExceptHookArgs) -> None:
+        if not type(told.thread).__module__.startswith("tensorboard."):
+            self._say_of_threads(told)
 
 
 class WandB:
@@ -177,16 +191,19 @@ class MLflow:
         self._mlflow.end_run()
 
 
-class Service:
-    """A listener that a service outside stands behind. One that cannot be started ends the run before its first step;
-    one that fails later is told of once and left alone, and the training goes on."""
+class Watched:
+    """A listener that the training does not depend on: one that fails is told of once and left alone. One that must
+    start (a service outside, that somebody relies on) ends the run before its first step when it cannot."""
 
-    def __init__(self, inner: WandB | MLflow, say: Callable[[str], None]):
-        self.inner, self.say = inner, say
+    def __init__(self, inner: TensorBoard | WandB | MLflow, say: Callable[[str], None], *, must_start: bool):
+        self.inner, self.say, self.must_start = inner, say, must_start
         self.lost = False
 
     def start(self, info: dict[str, Any]) -> None:
         name = self.inner.name
+        if not self.must_start:
+            self._unless_lost(lambda: self.inner.start(info))
+            return
         try:
             self.inner.start(info)
         except ModuleNotFoundError as error:
@@ -216,6 +233,9 @@ class Service:
             act()
         except Exception as error:  # as above
             self.lost = True
+            if not self.must_start:
+                with suppress(Exception):
+                    self.inner.close()
             self.say(f"{self.inner.name} gets nothing more: {_first_line(error)}; the training goes on, see log.jsonl")
 
 
@@ -253,10 +273,10 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def make_listeners(names: Sequence[str], run: RunDir, say: Callable[[str], None]) -> list[Listener]:
-    """log.jsonl, and what the recipe names; `say` tells people of a service that is lost on the way."""
+    """log.jsonl, and what the recipe names; `say` tells people of one that is lost on the way."""
     made: dict[str, Listener] = {
-        "tensorboard": Aside(TensorBoard(run.tensorboard), later=True),
-        "wandb": Aside(Service(WandB(run), say)),
-        "mlflow": Aside(Service(MLflow(run), say)),
+        "tensorboard": Aside(Watched(TensorBoard(run.tensorboard), say, must_start=False), later=True),
+        "wandb": Aside(Watched(WandB(run), say, must_start=True)),
+        "mlflow": Aside(Watched(MLflow(run), say, must_start=True)),
     }
     return [JsonLog(run.log), *(made[name] for name in names)]

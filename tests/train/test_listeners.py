@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 import threading
 import time
@@ -189,3 +190,44 @@ def test_tensorboard_has_every_number(run):
     read.Reload()
     assert [(one.step, one.value) for one in read.Scalars("train/loss")] == [(1, 2.0)]
     assert [(one.step, one.value) for one in read.Scalars("validation/loss")] == [(1, 1.5)]
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_tensorboard_on_a_full_disk_is_told_once_and_the_training_goes_on(run, monkeypatch, fails_at):
+    """Its thread fails at some write: no traceback, one line, the log whole."""
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    real, writes = LocalFileSystem._write, []
+
+    def full(self, filename, content, mode, *rest):
+        writes.append(filename)
+        if len(writes) >= fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device", filename)
+        return real(self, filename, content, mode, *rest)
+
+    monkeypatch.setattr(LocalFileSystem, "_write", full)
+    raised, said = [], []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    hook = threading.excepthook
+    watched(run, "tensorboard", said)
+    [line] = said
+    assert "tensorboard gets nothing more" in line and "No space left on device" in line
+    assert not raised and threading.excepthook is hook
+    assert len(read_jsonl(run.log)) == 3
+
+
+def test_what_other_threads_raise_is_still_told(run, monkeypatch):
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", lambda told: raised.append(told.exc_type))
+    listeners = make_listeners(["tensorboard"], run, print)
+    for listener in listeners:
+        listener.start(INFO)
+        listener.row(STEP)
+    while threading.excepthook.__qualname__.startswith("test_"):
+        time.sleep(0.01)  # until TensorBoard's has been put before it
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    for listener in listeners:
+        listener.close()
+    assert raised == [ZeroDivisionError]
