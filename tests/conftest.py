@@ -21,6 +21,14 @@ import pytest
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def speeds_are_remembered():
+    """Whatever else the machine does: measuring it anew for every plan would take longer than the tests."""
+    from fitout.plan import machine
+
+    machine.BUSY = float("inf")
+
+
 @pytest.fixture
 def shared() -> Path:
     if not SHARED.exists():
