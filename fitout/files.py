@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,19 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
             raise
         with explain_os_errors(Path(os.fsdecode(error.filename or folder)), "write"):
             raise
+
+
+@contextmanager
+def errors_of_the_system(folder: Path) -> Iterator[None]:
+    """Makes an OSError of a bare Exception that tells of one in words, as libraries written in Rust raise them:
+    "No space left on device (os error 28)"."""
+    try:
+        yield
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)$", str(error))
+        if type(error) is not Exception or not told:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..files import errors_of_the_system, write_text
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
@@ -29,7 +29,8 @@ def set_stop_ids(model: Any, chat: Chat) -> None:
 
 def save_chat(chat: Chat, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json and the chat template that was trained."""
-    chat.tokenizer.save_pretrained(folder)
+    with errors_of_the_system(folder):
+        chat.tokenizer.save_pretrained(folder)
 
 
 def write_card(folder: Path, *, name: str, base: str, facts: Facts) -> None:

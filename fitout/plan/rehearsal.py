@@ -218,6 +218,8 @@ class Rehearsal:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+        from ..model.load import save_model
+
         logging.disable_progress_bar()
         if self._folder is None:
             self._folder = TemporaryDirectory(prefix="fitout-rehearsal-")
@@ -228,7 +230,7 @@ class Rehearsal:
             if getattr(inner, "layer_types", None):
                 inner.layer_types = inner.layer_types[:depth]
             folder = Path(self._folder.name) / str(depth)
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            save_model(AutoModelForCausalLM.from_config(config), folder)
             self._bases[depth] = folder
         return self._bases[depth]
 

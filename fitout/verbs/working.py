@@ -126,11 +126,8 @@ def import_libraries() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler else writes of itself on the screen
     gc.disable()
     try:
-        import torch
+        import torch  # noqa: F401
         from transformers import AutoTokenizer, PreTrainedModel  # noqa: F401
-
-        if not torch.cuda.is_available():  # deepspeed, which save_pretrained imports, else says so on standard output
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
     finally:
         gc.enable()
     gc.freeze()
