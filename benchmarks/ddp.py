@@ -11,13 +11,14 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fitout.data.pack import lay_out
-from fitout.model.fuse import fuse
+from fitout.model.fuse import fused
 from fitout.model.methods import FullSettings, LoraSettings, create
 from fitout.objectives import SftSettings
 from fitout.objectives import create as create_objective
@@ -26,6 +27,7 @@ from fitout.train.engines.divided import Computed
 from tests.conftest import tiny_llama
 
 ROUNDS, MICRO_BATCHES = 7, 2
+UNTIL_THE_END = ExitStack()
 
 
 def model_of(lora: bool):
@@ -43,7 +45,7 @@ def model_of(lora: bool):
     )  # fmt: skip
     method = create(LoraSettings(rank=16) if lora else FullSettings())
     method.apply(model)
-    fuse(model)
+    UNTIL_THE_END.enter_context(fused(model))
     return model
 
 

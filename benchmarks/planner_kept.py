@@ -66,7 +66,7 @@ def saved_bytes(base: str, precision: str, *, hidden: int, ffn: int, layers: int
     from fitout.layout import Layout, Segment
     from fitout.model import methods
     from fitout.model.attention import NAME, register
-    from fitout.model.fuse import fuse
+    from fitout.model.fuse import fused
     from fitout.objectives.base import token_losses
 
     register()
@@ -79,7 +79,6 @@ def saved_bytes(base: str, precision: str, *, hidden: int, ffn: int, layers: int
     if base == "frozen":
         model = model.to(torch.bfloat16) if low else model
         methods.create(methods.LoraSettings(rank=RANK)).apply(model)
-    fuse(model)
     model.train()
     half = TOKENS // 2
     layout = Layout(
@@ -95,7 +94,7 @@ def saved_bytes(base: str, precision: str, *, hidden: int, ffn: int, layers: int
         return tensor
 
     autocast = torch.autocast("cpu", torch.bfloat16) if low and base == "trained" else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+    with fused(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
         token_losses(model, layout)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
