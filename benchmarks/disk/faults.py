@@ -1,6 +1,6 @@
 """One file operation of a run fails; then the same command is given again.
 
-    python -m benchmarks.disk.faults --trials 150 --out benchmarks/results/disk-faults.json
+    python -m benchmarks.disk.faults --trials 100 --out benchmarks/results/disk-faults.json
 
 An undisturbed run is counted first: every open for writing, write, fsync, rename, unlink, mkdir and truncate under the
 run directory. Then operations evenly spread over them fail, one in each run, in turn with "no space left" (ENOSPC),

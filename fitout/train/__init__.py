@@ -11,8 +11,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PARALLEL = ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3")
-# Tokens a micro-batch begins with where the recipe says `auto`. On a CPU 2048 is 2 to 4 % faster than 1024 and takes 400 MB
-# more (30 M parameters, 512 wide, 2 cores).
+# Tokens a micro-batch begins with where the recipe says `auto`. On a CPU 2048 is 2 to 4 % faster than 1024 and takes
+# 400 MB more (30 M parameters, 512 wide, 2 cores).
 FIRST_BUDGET = {"cpu": 1024, "cuda": 16384}
 
 
