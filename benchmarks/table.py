@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .crash import told
+
 HERE = Path(__file__).parent
 REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py and planner.py
 CRASH, FAULTS, POWER, FLIPS = "crash.json", "disk-faults.json", "disk-power.json", "disk-flips.json"
@@ -117,13 +119,8 @@ def _survival(results: dict[str, Any]) -> str:
     rows = []
     for side in results.get(CRASH, {}).get("sides", {}):
         trials = results[CRASH]["sides"][side]["trials"]
-        ended = [trial for trial in trials if trial["bit_equal"] is not None]
         into_saves = sum(trial["in_save"] for trial in trials)
-        rows.append(
-            f"| `kill -9`, {side} | {len(trials)}, {into_saves} of them into a save | the same command went on after "
-            f"{sum(trial['went_on'] for trial in trials)}; of {len(ended)} whose run came to its end "
-            f"{sum(trial['bit_equal'] for trial in ended)} are bit-equal |"
-        )
+        rows.append(f"| `kill -9`, {side} | {len(trials)}, {into_saves} of them into a save | {told(trials)} |")
     if FAULTS in results:
         trials = results[FAULTS]["trials"]
         passed = sum(not trial["problems"] for trial in trials)

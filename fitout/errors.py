@@ -16,6 +16,8 @@ Every one says the cause (`message`), the harm it would have done (`harm`) and w
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FitoutError(Exception):
     """An error with a cause, the harm and a remedy; `where` names the file, line or key it is about."""
@@ -36,6 +38,12 @@ class FitoutError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The keys whose values differ, the first five with both values, for a message; "" where none does."""
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys[:5])
 
 
 class RequestError(FitoutError):

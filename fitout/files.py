@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -190,3 +191,11 @@ def fingerprint(*parts: Any) -> str:
     """A short stable hash of JSON-able parts (20 hex digits of SHA-256)."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def size(value: float) -> str:
+    """Bytes in words: 1.9 MB, 38 GB."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, int(math.log(max(value, 1), 1000)))
+    shown = value / 1000**power
+    return f"{shown:,.{1 if power and shown < 100 else 0}f} {units[power]}"

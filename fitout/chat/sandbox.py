@@ -3,8 +3,9 @@
 The rendering itself is transformers' (what every engine does with a template), inside jinja2's immutable sandbox: no
 attribute leads out of it. What a sandbox does not bound is time and memory (a loop without end, `'a' * 10**10`, powers
 of powers inside one call into C); the process does: a processor-time limit for each conversation, and a limit on its
-memory. One process serves all templates and all threads of this one, and takes batches, so a
-row costs a few microseconds more than rendering it here. It is started when the first tokenizer is loaded.
+memory. One process serves all templates and all threads of this one, and takes batches, so a row costs a few
+microseconds more than rendering it here. It is started while torch is imported, or else when the first tokenizer is
+loaded.
 """
 
 from __future__ import annotations

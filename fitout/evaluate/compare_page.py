@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..files import write_json, write_text
+from ..files import size, write_json, write_text
 from . import drawing
 from .compare import Standing, verdict
 from .page import frame, label, number, pairs, table, text
@@ -59,13 +59,6 @@ def cost(method: Mapping[str, Any], key: str) -> float:
 
 def megabytes(value: float) -> str:
     return f"{value / 1024:,.1f} GB" if value >= 10_240 else f"{value:,.0f} MB"
-
-
-def size(value: float) -> str:
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, int(math.log(max(value, 1), 1000)))
-    shown = value / 1000**power
-    return f"{shown:,.{1 if power and shown < 100 else 0}f} {units[power]}"
 
 
 def millions(value: float) -> str:

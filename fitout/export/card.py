@@ -155,14 +155,10 @@ def _has_embeddings(folder: Path) -> bool:
 
 
 def adapter_tensors(folder: Path) -> list[str]:
-    """The tensor names of an adapter folder."""
-    from safetensors import safe_open
+    """The tensor names of an adapter folder; none where it holds no adapter's weights."""
+    from ..model.methods import saved_shapes
 
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        return []
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
+    return list(saved_shapes(folder)) if (folder / "adapter_model.safetensors").exists() else []
 
 
 def _chat_facts(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from ..data.batches import Batches, layouts_of
 from ..data.store import Part
-from ..errors import CheckError, FitoutError, Stopped
+from ..errors import CheckError, FitoutError, Stopped, changes
 from ..layout import Layout
 from ..model.memory import give_back, is_out_of_memory
 from ..model.methods.base import Method, copy_into, trainable
@@ -158,8 +158,9 @@ class _Run:
         saved, wanted = checkpoint.state["identity"], self.job.identity
         differs = [key for key in wanted if saved.get(key) != wanted[key]]
         if differs:
+            told = changes(saved.get("recipe") or {}, wanted.get("recipe") or {})
             raise CheckError(
-                f"the checkpoint was made with another {', another '.join(differs)}{_changes(saved, wanted)}",
+                f"the checkpoint was made with another {', another '.join(differs)}{f' ({told})' if told else ''}",
                 where=str(checkpoint.folder),
                 harm="Going on would mix two trainings.",
                 hint="Undo the change, or start anew with another name or --out.",
@@ -545,12 +546,3 @@ def memory_mb(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-def _changes(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The keys of the recipe that differ, each with both values."""
-    before, now = saved.get("recipe"), wanted.get("recipe")
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return ""
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return f" ({'; '.join(f'{key}: {before.get(key)!r} -> {now.get(key)!r}' for key in keys[:5])})" if keys else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Recipe
 from ..errors import FitoutError, RequestError
-from ..files import staged_folder
+from ..files import size, staged_folder
 from ..rundir import RunDir
 from .delivering import describe_trained
 from .planning import (
@@ -125,7 +125,9 @@ def _train_model(
     if method.held:
         screen.say(f"the base is held {method.held}; evaluation, chat and serving hold it so too")
     if backend.main:
-        _require_space(recipe, directory, model, whole, method.frozen_base, total)
+        embedding: Any = model.get_input_embeddings()
+        held = whole * embedding.weight.element_size()  # a 4-bit base is merged in 16 bits
+        _require_space(recipe, directory, trained, held, method.frozen_base, total)
     for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
         screen.say(note)
     tell_sharing(batches, total, screen)
@@ -214,35 +216,30 @@ def _require_context(model: Any, recipe: Recipe, report: dict[str, Any]) -> None
         )
 
 
-def _require_space(recipe: Recipe, directory: RunDir, model: Any, whole: int, adapts: bool, total: int) -> None:
-    """Refuses a run whose checkpoints and final weights the disk has no room for, beside what is there already."""
+def _require_space(recipe: Recipe, directory: RunDir, trained: int, held: int, adapts: bool, total: int) -> None:
+    """Refuses a run whose checkpoints and final weights the disk has no room for, beside what is there already.
+
+    `trained` numbers are in every checkpoint; the whole model takes `held` bytes.
+    """
     from shutil import disk_usage
 
-    from ..model.methods.base import count, trainable
-
-    trained = count(trainable(model))
-    moments = 8 if recipe.train.optimizer == "adamw" else 2
-    held = whole * model.get_input_embeddings().weight.element_size()  # a 4-bit base is merged in 16 bits
+    checkpoint = trained * (12 if recipe.train.optimizer == "adamw" else 6)  # fp32, and two moments
     saves = min(recipe.train.keep_last + 2, total // recipe.train.save_every + 1)  # the best one, and one being written
-    parts = {
-        f"{saves} checkpoint{'s' * (saves > 1)} of {_size(trained * (4 + moments))}": saves * trained * (4 + moments),
+    sizes = {
+        f"{saves} checkpoint{'s' * (saves > 1)}": saves * checkpoint,
         "the adapter" if adapts else "the model": trained * 4 if adapts else held,
         "the merged model": held if adapts and recipe.export.merge else 0,
     }
     there = sum(file.stat().st_size for file in directory.path.rglob("*.safetensors"))
-    needed, free = max(0, sum(parts.values()) - there), disk_usage(directory.path).free
+    needed, free = max(0, sum(sizes.values()) - there), disk_usage(directory.path).free
     if needed > free:
-        what = ", ".join(f"{name} {_size(size)}" if "of" not in name else name for name, size in parts.items() if size)
+        what = ", ".join(f"{name} {size(bytes)}" for name, bytes in sizes.items() if bytes)
         raise FitoutError(
-            f"the disk has {_size(free)} free, and this run will write {_size(needed)} ({what})",
+            f"the disk has {size(free)} free, and this run will write {size(needed)} ({what})",
             where=str(directory.path),
             harm="It would train until a save fails.",
             hint="Free space, name another disk with --out, set train.keep_last: 1 or export.merge: false.",
         )
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _identity(recipe: Recipe, prepared: Prepared, base: str, precision: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 
 from .. import __version__
 from ..config import Recipe, build
-from ..errors import FitoutError, RequestError, RunExistsError, Stopped
+from ..errors import FitoutError, RequestError, RunExistsError, Stopped, changes
 from ..files import explain_full_disk, remove_leftovers, write_text
 from ..model import EMBEDDED
 from ..rundir import RunDir
@@ -137,12 +137,10 @@ def _agree(directory: RunDir, recipe: Recipe) -> None:
     """A run that has begun training may only go on with a recipe that means the same training."""
     if not directory.recipe.exists() or not list(directory.checkpoints.glob("step-*")):
         return
-    before, now = comparable(recipe_of(directory)), comparable(recipe)
-    differs = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    differs = changes(comparable(recipe_of(directory)), comparable(recipe))
     if differs:
-        shown = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in differs[:5])
         raise RunExistsError(
-            f"this run was made with another recipe ({shown})",
+            f"this run was made with another recipe ({differs})",
             where=str(directory.path),
             harm="Going on would mix two trainings.",
             hint="Undo the change, or choose another name or --out.",
