@@ -304,6 +304,37 @@ def forecast_run(
     }
 
 
+PACED = 4  # steps that say what a step takes
+
+
+class Pace:
+    """Tells people once what a step takes, by a few of them after the first, which warms up: for a training that was
+    given no time before it began."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self._taken: list[float] = []  # seconds a step
+
+    def start(self, info: dict[str, Any]) -> None:
+        self._total = info["total_steps"]
+
+    def row(self, row: dict[str, Any]) -> None:
+        if "event" in row or len(self._taken) == PACED:
+            return
+        self._taken.append(row["tokens"] / row["tokens_per_second"] if row["tokens_per_second"] else 0.0)
+        left = self._total - row["step"]
+        if len(self._taken) == PACED and left > 0:
+            from ..plan import duration
+
+            each = sum(self._taken[1:]) / (PACED - 1)
+            self.say(
+                f"a step takes {duration(each)}: {duration(each * left)} for the other {left:,}, without validation"
+            )
+
+    def close(self) -> None:
+        pass
+
+
 def products_of(recipe: Recipe, precision: str, grown: bool, device: Any) -> Products | None:
     """What this training multiplies, countable; None for a model whose shape is not known."""
     from ..errors import ModelError

@@ -12,6 +12,7 @@ from ..files import size, staged_folder
 from ..rundir import RunDir
 from .delivering import describe_trained
 from .planning import (
+    Pace,
     batches_of,
     forecast_run,
     products_of,
@@ -152,6 +153,8 @@ def _train_model(
             parallel=backend.kind,
         )  # fmt: skip
     listeners = [*make_listeners(recipe.train.listeners, directory, screen.say), *screen.listeners()]
+    if forecast and not forecast["predicted"]["step_seconds"]:
+        listeners.append(Pace(screen.say))
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
     with fused(model), backend.watched(directory.stacks, recipe.train.hang_after):
         progress = fit(job, backend, listeners, resume=resume)

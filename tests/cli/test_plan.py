@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from fitout.plan import machine
+from fitout.verbs.planning import Pace
 from tests.cli.command import fitout, recipe, rows
 
 
@@ -52,17 +53,28 @@ def test_a_run_is_planned_and_compared(tmp_path, home, monkeypatch, long):
     if long:
         monkeypatch.setattr("fitout.verbs.planning.LONG", 0)
     rows(tmp_path / "rows.jsonl")
-    done = fitout("train", recipe(tmp_path), cwd=tmp_path)
+    done = fitout("train", recipe(tmp_path), "--set", "train.max_steps=6", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "plan: " in done.out and "predicted" in done.out and "measured" in done.out
     plan = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["plan"]
     assert plan["predicted"]["peak_mb"] > 0
     assert plan["predicted"]["step_seconds"] > 0 if long else plan["predicted"]["step_seconds"] is None
+    assert long != ("a step takes" in done.out)
     assert (" a step, " in done.out) == long
     assert plan["measured"]["step_seconds"] > 0
     assert len((home / "plans.jsonl").read_text().splitlines()) == 1
     again = json.loads(fitout("plan", recipe(tmp_path), "--json", cwd=tmp_path).out)
     assert ("time by" in (again["past"] or "")) == long
+
+
+def test_what_a_step_takes_is_said_once():
+    said: list[str] = []
+    pace = Pace(said.append)
+    pace.start({"total_steps": 100, "from_step": 40})
+    pace.row({"event": "evaluated", "step": 40})
+    for step, seconds in enumerate((9.0, 1.0, 3.0, 2.0, 9.0), 41):
+        pace.row({"step": step, "tokens": 500, "tokens_per_second": 500 / seconds})
+    assert said == ["a step takes 2 s: 2 min for the other 56, without validation"]
 
 
 def test_auto_is_resolved_and_kept(tmp_path, home):
