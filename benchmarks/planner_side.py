@@ -45,7 +45,9 @@ def measure(folder: Path, out: Path) -> None:
     from fitout import config, verbs
     from fitout.plan.machine import Others
     from fitout.train import loop  # noqa: F401
+    from fitout.verbs import planning
 
+    planning.LONG = 0  # forecast as a training of hours is
     base = peak_mb()
     watch = Stopwatch()
     start, clock = time.time(), Others()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import Recipe, build
 from ..errors import FitoutError, RequestError
@@ -13,9 +13,6 @@ from ..rundir import RunDir
 from .evaluating import check_retention
 from .preparing import split_seed
 from .working import Screen, run_directory, versions
-
-if TYPE_CHECKING:
-    pass
 
 
 def compare(
