@@ -12,6 +12,7 @@ terms A1 B2; its "cat" is the sum that the name promises, and is what `linear` i
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,23 @@ def combine(
     _check_request(found, weights, density)
     _check_fit(found, configs, how)
 
-    from peft import PeftModel
-
     base = configs[0]["base_model_name_or_path"]
     plain = load_base(base, packed=False, revision=configs[0].get("revision"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's own, of what transformers renames
+        model = _summed(plain, found, weights, how, density)
+    _save(model, folder, found[0], base, configs[0].get("revision"))
+    return {
+        "adapters": ", ".join(map(str, adapters)),
+        "combined by": how if how == "linear" else f"{how}, density {density:g}",
+        "weights": ", ".join(f"{weight:g}" for weight in weights),
+    }
+
+
+def _summed(plain: Any, found: list[Path], weights: Sequence[float], how: How, density: float) -> Any:
+    """PEFT's model with an adapter "combined"."""
+    from peft import PeftModel
+
     model: Any = PeftModel.from_pretrained(plain, str(found[0]), adapter_name=_name(0))
     for i, one in enumerate(found[1:], 1):
         model.load_adapter(str(one), adapter_name=_name(i))
@@ -62,12 +76,7 @@ def combine(
         combination_type="cat" if how == "linear" else how,
         density=None if how == "linear" else density,
     )
-    _save(model, folder, found[0], base, configs[0].get("revision"))
-    return {
-        "adapters": ", ".join(map(str, adapters)),
-        "combined by": how if how == "linear" else f"{how}, density {density:g}",
-        "weights": ", ".join(f"{weight:g}" for weight in weights),
-    }
+    return model
 
 
 def _name(i: int) -> str:
@@ -104,7 +113,7 @@ def _check_fit(found: list[Path], configs: list[dict[str, Any]], how: How) -> No
     """Adapters go together when they are plain LoRA over one base, spoken to in one template."""
     for folder, config in zip(found, configs, strict=True):
         odd = [] if config.get("peft_type") == "LORA" else [f"of type {config.get('peft_type')}"]
-        odd += ["DoRA"] if config.get("use_dora") else []
+        odd += ["with DoRA's magnitudes"] if config.get("use_dora") else []
         odd += ["with biases"] if config.get("bias", "none") != "none" else []
         odd += ["with modules trained whole"] if config.get("modules_to_save") else []
         if not odd and any(".lora_" not in name for name in adapter_tensors(folder)):
