@@ -65,13 +65,15 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of_the_system(folder: Path) -> Iterator[None]:
-    """Makes an OSError of a bare Exception that tells of one in words, as libraries written in Rust raise them:
-    "No space left on device (os error 28)"."""
+    """Makes an OSError of an exception that tells of one in words, as libraries written in Rust raise them (tokenizers
+    a bare Exception, safetensors its own): "No space left on device (os error 28)"."""
     try:
         yield
+    except OSError:
+        raise
     except Exception as error:
         told = re.search(r"\(os error (\d+)\)$", str(error))
-        if type(error) is not Exception or not told:
+        if not told:
             raise
         raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from error
 

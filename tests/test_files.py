@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from fitout.errors import FitoutError
-from fitout.files import atomic_path, explain_full_disk, staged_folder, write_text
+from fitout.files import atomic_path, errors_of_the_system, explain_full_disk, staged_folder, write_text
 
 
 @pytest.fixture
@@ -55,3 +56,20 @@ def test_a_disk_that_fails_is_told_also_where_a_library_names_the_file_in_bytes(
     with pytest.raises(FitoutError, match="cannot write: Input/output error") as error, explain_full_disk(tmp_path):
         raise OSError(errno.EIO, "Input/output error", b"/somewhere/events.out")
     assert error.value.where == "/somewhere/events.out"
+
+
+@pytest.mark.parametrize("library", ["safetensors", "tokenizers"])
+def test_a_full_disk_that_a_library_tells_of_in_words_is_an_error_of_the_system(library):
+    import numpy as np
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, models
+
+    write = {
+        "safetensors": lambda: save_file({"a": np.zeros(9)}, "/dev/full"),
+        "tokenizers": lambda: Tokenizer(models.BPE()).save("/dev/full"),
+    }[library]
+    with pytest.raises(OSError) as error, errors_of_the_system(Path("/somewhere/model")):
+        write()
+    assert error.value.errno == errno.ENOSPC and error.value.filename == "/somewhere/model"
+    with pytest.raises(ZeroDivisionError), errors_of_the_system(Path("/somewhere")):
+        _ = 1 / 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ModelError
-from ..files import atomic_path, read_json
+from ..files import atomic_path, errors_of_the_system, read_json
 from ..rundir import RunDir
 from . import EMBEDDED
 from .attention import NAME as PACKED
@@ -349,7 +349,6 @@ def write_tensors(
     """Writes a safetensors file atomically, straight from the tensors: a copy in memory first would make saving a full
     fine-tuning's optimizer the largest moment of the run (measured: 4.5 instead of 2.8 GB at 135 M parameters).
     Tensors that are divided over ranks are brought together and written one at a time."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if any(isinstance(tensor, Pending) for tensor in tensors.values()):
@@ -357,11 +356,8 @@ def write_tensors(
             _stream(staging, tensors, {"format": "pt", **(metadata or {})})
         return
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if isinstance(t, torch.Tensor)}
-    with atomic_path(path) as staging:
-        try:
-            save_file(plain, staging, {"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from error  # a full disk, most often; the caller names the path
+    with atomic_path(path) as staging, errors_of_the_system(path):
+        save_file(plain, staging, {"format": "pt", **(metadata or {})})
 
 
 DTYPE_NAMES = {
@@ -398,14 +394,11 @@ def _stream(path: Path, tensors: Mapping[str, torch.Tensor | Pending], metadata:
 
 def save_model(model: Any, folder: Path) -> None:
     """Writes a plain Hugging Face folder (config.json, generation_config.json, *.safetensors) into `folder`."""
-    from safetensors import SafetensorError
-
     if not torch.cuda.is_available():  # transformers imports DeepSpeed here, where it is installed, which guesses aloud
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     use_cache, model.config.use_cache = model.config.use_cache, True
     try:
-        model.save_pretrained(folder, save_original_format=False)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error)) from error  # a full disk, most often; the caller names the path
+        with errors_of_the_system(folder):
+            model.save_pretrained(folder, save_original_format=False)
     finally:
         model.config.use_cache = use_cache
