@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
+import resource
 
 import pytest
 
@@ -59,17 +59,25 @@ def test_a_disk_that_fails_is_told_also_where_a_library_names_the_file_in_bytes(
 
 
 @pytest.mark.parametrize("library", ["safetensors", "tokenizers"])
-def test_a_full_disk_that_a_library_tells_of_in_words_is_an_error_of_the_system(library):
+def test_a_disk_that_takes_no_more_as_a_library_says_it_in_words_is_an_error_of_the_system(tmp_path, library):
     import numpy as np
     from safetensors.numpy import save_file
     from tokenizers import Tokenizer, models
 
     write = {
-        "safetensors": lambda: save_file({"a": np.zeros(9)}, "/dev/full"),
-        "tokenizers": lambda: Tokenizer(models.BPE()).save("/dev/full"),
+        "safetensors": lambda: save_file({"a": np.zeros(99)}, tmp_path / "file"),
+        "tokenizers": lambda: Tokenizer(models.BPE()).save(str(tmp_path / "file")),
     }[library]
-    with pytest.raises(OSError) as error, errors_of_the_system(Path("/somewhere/model")):
-        write()
-    assert error.value.errno == errno.ENOSPC and error.value.filename == "/somewhere/model"
-    with pytest.raises(ZeroDivisionError), errors_of_the_system(Path("/somewhere")):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError) as error, errors_of_the_system(tmp_path):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path)
+
+
+def test_what_is_no_error_of_the_system_stays_what_it_is(tmp_path):
+    with pytest.raises(ZeroDivisionError), errors_of_the_system(tmp_path):
         _ = 1 / 0
