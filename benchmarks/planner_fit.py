@@ -17,7 +17,7 @@ from .planner import result
 
 MB = 2**20
 BOUNDS = {  # of the memory's constants: what they can mean
-    "first_use_mb": (0.0, 60.0), "layer": (1.0, 3.0), "chunks": (2.0, 4.0), "spread": (1.0, 1.6),
+    "first_use_mb": (0.0, 150.0), "layer": (1.0, 3.0), "chunks": (2.0, 4.0), "spread": (1.0, 2.0),
 }  # fmt: skip
 
 

@@ -124,6 +124,9 @@ class _Run:
     # beginning
 
     def begin(self, resume: bool) -> None:
+        self.job.model.train()
+        if self.job.settings.gradient_checkpointing is True:
+            self._recompute_activations()  # also for the gradients that a method begins with
         checkpoint, passed_over = self.checkpoints.newest() if resume else (None, [])
         if checkpoint:
             self._restore(checkpoint)
@@ -141,9 +144,6 @@ class _Run:
             self.listening.append(listener)
         if checkpoint or passed_over:
             self._tell("resumed", passed_over=passed_over)
-        if self.job.settings.gradient_checkpointing is True:
-            self._recompute_activations()
-        self.job.model.train()
         if (self.at.step == 0 or self.evaluation_due()) and not self._evaluated():  # a stop may have come within it
             self.evaluate()
 

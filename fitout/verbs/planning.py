@@ -246,12 +246,11 @@ def forecast_run(
     short training is given its time only where this machine's speed is remembered: to measure it would delay the first
     step."""
     from dataclasses import replace
-    from functools import partial
 
     from ..errors import ModelError
     from ..plan import duration
     from ..plan.estimate import MB
-    from ..plan.machine import NotMeasured, Probe, Unmeasured, here
+    from ..plan.machine import NotMeasured, Probe, Unmeasured, here, resident
     from ..plan.planner import advice, first_budget, look, setup_of
 
     try:
@@ -262,13 +261,20 @@ def forecast_run(
     import_training()
     machine = here()
     work_at = _work_at(recipe, batches)
-    setup = setup_of(recipe.train, precision, machine, devices=ranks, stage=stage)
     settings: dict[str, Any] = {recipe.method.kind: recipe.method}
-    ask = partial(look, shape, cost, recipe.method.kind, setup, recipe.train, work_at)
+
+    def ask(on: Any, rehearsal: Any = None) -> Any:
+        setup = setup_of(recipe.train, precision, on, devices=ranks, stage=stage)
+        return look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, on, rehearsal)
+
     long = _nominal_seconds(shape, work_at(first_budget(recipe.train, machine.kind), ranks), machine.kind) > LONG
     measured = replace(machine, speed=Probe(machine.kind, measures=long))
     try:
-        row = ask(measured, _rehearsal(recipe, shape, settings, work_at, measured, grown=grown))
+        rehearsal = _rehearsal(recipe, shape, settings, work_at, measured, grown=grown)
+        ask(measured, rehearsal)
+        if machine.resident:
+            machine = replace(machine, resident=resident())  # with what the rehearsal leaves in this process
+        row = ask(replace(machine, speed=measured.speed), rehearsal)
         timed = True
     except NotMeasured:
         row = ask(replace(machine, speed=Unmeasured()))
