@@ -1,10 +1,11 @@
-"""Memory that ran out: how it shows, and what can be given back."""
+"""Memory that ran out: how it shows, what can be given back, and what can be computed again instead of kept."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+from typing import Any
 
 import torch
 
@@ -34,3 +35,9 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def recompute_activations(model: Any) -> None:
+    """What a layer computes is not kept for the backward pass but computed again in it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name in later versions of transformers 5
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

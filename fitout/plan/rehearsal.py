@@ -153,6 +153,7 @@ class Rehearsal:
         from ..model import methods
         from ..model.fuse import fused
         from ..model.load import DTYPES, load_base
+        from ..model.memory import recompute_activations
         from ..model.methods.base import raise_to_fp32, trainable
         from ..model.precision import best_device
         from ..train.optim import make_optimizer
@@ -170,7 +171,7 @@ class Rehearsal:
         parameters = list(trainable(model).values())
         optimizer = make_optimizer(trainable(model), self.train, method.rates(model))
         if setup.recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(model)
         model.train()
         casting = (raised or not method.frozen_base) and setup.precision != "fp32"
         layouts = [self._layout(one) for one in samples]

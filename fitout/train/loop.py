@@ -16,7 +16,7 @@ from ..data.batches import Batches, layouts_of
 from ..data.store import Part
 from ..errors import CheckError, FitoutError, Stopped, changes
 from ..layout import Layout
-from ..model.memory import give_back, is_out_of_memory
+from ..model.memory import give_back, is_out_of_memory, recompute_activations
 from ..model.methods.base import Method, copy_into, trainable
 from ..model.parts import DATA, part
 from ..objectives.base import Objective
@@ -312,7 +312,7 @@ class _Run:
 
     def _recompute_activations(self) -> None:
         self.recomputed = 1.0
-        self.job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(self.job.model)
 
     # numbers that are not finite
 

@@ -245,6 +245,33 @@ def test_groups_of_layers_choose_what_all_at_once_would(tmp_path, monkeypatch):
         assert all(torch.equal(other[name], tensor) for name, tensor in chosen[0].items())
 
 
+def test_the_gradients_that_choose_recompute_where_training_does(tmp_path, monkeypatch):
+    chosen, forwards = [], []
+    for recompute in (False, True):
+        model, method = adapted(SparseSettings(density=0.01, select="gradient"))
+        job = job_of(tmp_path / str(recompute), model, random_part(tmp_path / str(recompute), 26), total=7,
+                     gradient_checkpointing=recompute, method=method)  # fmt: skip
+        passes = 0
+
+        def counted(*_):
+            nonlocal passes
+            passes += 1
+
+        begin = method.begin
+
+        def beginning(model, gradients, begin=begin):
+            hook = model.model.layers[0].self_attn.register_forward_hook(counted)
+            begin(model, gradients)
+            hook.remove()
+
+        monkeypatch.setattr(method, "begin", beginning)
+        train(job)
+        chosen.append(method.state(model))
+        forwards.append(passes)
+    assert forwards[1] == 2 * forwards[0] > 0
+    assert all(torch.equal(chosen[1][name], tensor) for name, tensor in chosen[0].items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_first_the_logits_are_the_bases_own(kind, dtype):

@@ -17,6 +17,7 @@ from fitout.layout import Layout, Segment
 from fitout.model import methods
 from fitout.model.attention import _Documents
 from fitout.model.fuse import fused
+from fitout.model.memory import recompute_activations
 from fitout.model.methods import AdapterSettings, DoraSettings, FullSettings, LoraSettings
 from fitout.model.shape import shape_of
 from fitout.objectives import SftSettings, create
@@ -46,7 +47,7 @@ def counted(settings, *, tied=False, recompute=False):
     method.apply(model)
     model.train()
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     ids, train_on = random_samples(5, prefix=20)
     layout = lay_out(ids, train_on, range(5))
     with fused(model):
@@ -192,7 +193,7 @@ def test_the_backward_of_a_part_belongs_to_it(kind):
     model, _ = adapted(settings) if kind in ("lora", "dora") else adapted(settings, packed=True)
     model.train()
     if kind == "recompute":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     ids, train_on = random_samples(4)
     layout = lay_out(ids, train_on, range(4))
     restore = profile.mark_attention(model)

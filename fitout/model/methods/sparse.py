@@ -243,8 +243,13 @@ def _scores(
     Gradients are dense here, so layers come in groups that hold at most SCORE_BYTES, each with a pass of its own over
     the same samples, dropout off. They are those of whole steps, whatever the micro-batches and ranks.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     trained, training = list(trainable(model).values()), model.training
     model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # itself, not what is in it: else it would not recompute where it is asked to
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
