@@ -66,6 +66,7 @@ class Rehearsal:
         self.train, self.objective, self.work_at = train, objective, work_at
         self.machine, self.packed, self.grown = machine, packed, grown
         self.measures = getattr(machine.speed, "measures", True)  # else what is not remembered raises NotMeasured
+        self.tried: set[str] = set()  # kinds of methods that this process has computed with
         self._bases: dict[int, Path] = {}
         self._folder: TemporaryDirectory[str] | None = None
 
@@ -117,6 +118,7 @@ class Rehearsal:
 
     def _found(self, kind: str, cost: Cost, setup: Setup, samples: list[MicroBatch], depths: tuple[int, ...]) -> Tempo:
         """Forward, backward and update, each carried on from the small models' layers to all."""
+        self.tried.add(kind)
         trials = [self._trial(kind, setup, samples, depth) for depth in depths]
         first, last = trials[0], trials[-1]
         head = self.shape.vocab / self._vocabulary()

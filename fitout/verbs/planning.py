@@ -265,7 +265,9 @@ def forecast_run(
 
     def ask(on: Any, rehearsal: Any = None) -> Any:
         setup = setup_of(recipe.train, precision, on, devices=ranks, stage=stage)
-        return look(shape, cost, recipe.method.kind, setup, recipe.train, work_at, on, rehearsal)
+        loaded = rehearsal is not None and recipe.method.kind in rehearsal.tried
+        less = replace(cost, libraries=0) if loaded else cost  # they are in `resident` already
+        return look(shape, less, recipe.method.kind, setup, recipe.train, work_at, on, rehearsal)
 
     long = _nominal_seconds(shape, work_at(first_budget(recipe.train, machine.kind), ranks), machine.kind) > LONG
     measured = replace(machine, speed=Probe(machine.kind, measures=long))
