@@ -158,9 +158,7 @@ def measure(jobs: list[dict[str, Any]], limit: float) -> None:
             if found["others"] > QUIET:
                 result(job).unlink()  # measured again in the next round
             plan = found["plan"]
-            told = [
-                f"{key} {plan['predicted'][key]:g} / {plan['measured'][key]:g}" for key in ("peak_mb", "step_seconds")
-            ]
+            told = [f"{key} {plan['predicted'][key]} / {plan['measured'][key]}" for key in ("peak_mb", "step_seconds")]
             size = f"{parameters(job['shape']) / 1e6:.1f}M"
             train = job["recipe"]["train"]
             print(job["number"], job["recipe"]["method"], train["precision"], size, *told,

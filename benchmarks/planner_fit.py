@@ -38,9 +38,15 @@ def score(jobs: list[dict[str, Any]], seed: int, out: Path) -> None:
     found = {"kind": "planner", "quick": False, "seed": seed, "machine": _machine(), "rows": rows}
     out.write_text(json.dumps(found, indent=1) + "\n")
     for row in rows:
-        off = [row["predicted"][key] / row["measured"][key] - 1 for key in ("peak_mb", "step_seconds")]
-        print(f"{row['name']:8} {row['train']['precision']} {row['parameters'] / 1e6:6.1f} M: memory {off[0]:+.2f}, "
-              f"time {off[1]:+.2f}")  # fmt: skip
+        off = [_off(row, key) for key in ("peak_mb", "step_seconds")]
+        print(f"{row['name']:8} {row['train']['precision']} {row['parameters'] / 1e6:6.1f} M: memory {off[0]}, "
+              f"time {off[1]}")  # fmt: skip
+
+
+def _off(row: dict[str, Any], key: str) -> str:
+    """No memory was measured where the rehearsal before a training of small steps took more than it."""
+    there = row["measured"][key]
+    return f"{row['predicted'][key] / there - 1:+.2f}" if there else "-"
 
 
 def _measured(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Writes the tables in README.md from results/*.json: `python -m benchmarks.table`."""
+"""Writes the tables in README.md and in docs/methods.md from results/*.json: `python -m benchmarks.table`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from .crash import told
 
 HERE = Path(__file__).parent
+README, METHODS = HERE / "README.md", HERE.parent / "docs" / "methods.md"
 REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py and planner.py
 CRASH, FAULTS, POWER, FLIPS = "crash.json", "disk-faults.json", "disk-power.json", "disk-flips.json"
 NAMES = {
@@ -28,21 +29,39 @@ def main() -> None:
     results = {path.name: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     real = results.pop(REAL, None)
     lost = {name: results.pop(name) for name in (CRASH, FAULTS, POWER, FLIPS) if name in results}
+    compared = [results.pop(name) for name in [*results] if name.startswith("compare-")]  # as `fitout compare` wrote it
     full = [result for result in results.values() if not result["quick"]]
     _put("table", [_section(result) for result in full if result.get("kind") != "planner"])
     _put("real input", [_real_input(real)] if real else [])
     _put("survival", [_survival(lost)] if lost else [])
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
+    _put("compare", [_compared(result) for result in compared], METHODS)
 
 
-def _put(name: str, parts: list[str]) -> None:
-    """Puts `parts` between the markers of that name in README.md."""
+def _put(name: str, parts: list[str], page: Path = README) -> None:
+    """Puts `parts` between the markers of that name."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(begin)
+    before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
     text = "\n\n".join(parts or ["No full run yet."])
-    readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def _compared(result: dict[str, Any]) -> str:
+    from fitout.evaluate.compare_page import lines
+    from fitout.evaluate.page import label
+
+    first, kept = result["task"][0], result["retention"][:1]
+    what = "kept" if all(one["higher_is_better"] for one in kept) else "perplexity of another text"
+    head = ["", "place", f"{label(first['name'])} [95 %]", f"{what} [95 %]", "peak memory", "training", "on disk",
+            "trained", "rate"]  # fmt: skip
+    rows = [[cell.replace("\n", " [") + "]" * ("\n" in cell) for cell in row] for row in lines(result)]
+    return "\n".join([
+        f"**{result['title']}**: {result['base'].rpartition('/')[2]}, {result['budget']} for each, "
+        f"{len(result['seeds'])} seeds, {first['n']} questions; torch {result['versions']['torch']}.\n",
+        f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), "",
+        *(f"- {sentence}" for sentence in result["verdicts"]),
+    ])  # fmt: skip
 
 
 def _section(result: dict[str, Any]) -> str:
@@ -81,7 +100,10 @@ def _planner(result: dict[str, Any]) -> str:
 def _errors(name: str, rows: list[dict[str, Any]]) -> str:
     cells = [name, str(len(rows))]
     for key, target in (("peak_mb", 0.10), ("step_seconds", 0.20)):
-        sizes = sorted(abs(row["predicted"][key] / row["measured"][key] - 1) for row in rows)
+        sizes = sorted(abs(row["predicted"][key] / row["measured"][key] - 1) for row in rows if row["measured"][key])
+        if not sizes:
+            cells += ["-"] * 3
+            continue
         within = sum(size <= target for size in sizes)
         nine = sizes[ceil(0.9 * len(sizes)) - 1]
         cells += [f"{100 * median(sizes):.0f} %", f"{100 * nine:.0f} %", f"{within} of {len(sizes)}"]
