@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from .lock import is_held
 from .rundir import RunDir
 
 TIMED_STEPS = 10  # of a timing run; the first two, which warm up, do not count
-SWEEP_SHARE = 3  # a learning rate is tried for a third of the steps
+SWEEP_SHARE = 3  # a learning rate is first tried for a third of the steps
 REACH = 5  # half decades that a sweep may go from the default rate, to either side
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,12 +94,14 @@ def parse_rates(texts: Sequence[str], known: Sequence[str]) -> dict[str, list[fl
 class Sweep:
     """The rates that were tried with their validation losses (infinite where training diverged), and the lowest's.
 
-    `at_edge` says that the best is the lowest or highest rate tried, so that a better one may lie beyond.
+    `at_edge` says that the best is the lowest or highest rate tried, so that a better one may lie beyond. `whole` are
+    the losses of rates that were tried again for all steps.
     """
 
     tried: dict[float, float]
     chosen: float
     at_edge: bool
+    whole: dict[float, float] = field(default_factory=dict)
 
 
 def sweep(rates: Sequence[float], loss_of: Callable[[float], float]) -> Sweep:
@@ -118,6 +120,18 @@ def climb(default: float, loss_of: Callable[[float], float]) -> Sweep:
         beyond = best + 1 if best == max(losses) else best - 1
         todo = [beyond] if beyond not in losses and abs(beyond) <= REACH else []
     return _chosen({rate_at(default, step): loss for step, loss in losses.items()})
+
+
+def settle(found: Sweep, loss_of: Callable[[float], float]) -> Sweep:
+    """A part of the steps favours larger rates than all of them do: the best rate and those below it are tried for all
+    steps, downwards until the loss gets worse, and the lowest loss is chosen."""
+    whole: dict[float, float] = {}
+    for rate in sorted((rate for rate in found.tried if rate <= found.chosen), reverse=True):
+        whole[rate] = loss_of(rate)
+        if whole[rate] > min(whole.values()):
+            break
+    chosen = _chosen(whole).chosen
+    return Sweep(found.tried, chosen, chosen in (min(found.tried), max(found.tried)), whole)
 
 
 def rate_at(default: float, step: int) -> float:
@@ -142,10 +156,10 @@ class TrialFailed(FitoutError):
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: `timing` measures a step, `sweep` tries a learning rate, `runs` is what counts. Only `runs` are
-    evaluated; the others have no test question in their folder."""
+    """One run: `timing` measures a step, `sweep` tries a learning rate for a part of the steps, `whole` for all, `runs`
+    is what counts. Only `runs` are evaluated; the others have no test question in their folder."""
 
-    stage: Literal["timing", "sweep", "runs"]
+    stage: Literal["timing", "sweep", "whole", "runs"]
     method: str
     steps: int
     seed: int
@@ -155,13 +169,15 @@ class Trial:
     def name(self) -> str:
         return {
             "timing": f"timing/{self.method}",
-            "sweep": f"sweep/{self.method}/lr-{self.lr:g}" if self.lr else "",
+            "sweep": f"sweep/{self.method}/lr-{self.lr or 0:g}",
+            "whole": f"whole/{self.method}/lr-{self.lr or 0:g}",
             "runs": f"runs/{self.method}/seed-{self.seed}",
         }[self.stage]
 
     @property
     def told(self) -> str:
-        what = {"timing": "timing", "sweep": f"learning rate {self.lr or 0:g}", "runs": f"seed {self.seed}"}
+        rate = f"learning rate {self.lr or 0:g}"
+        what = {"timing": "timing", "sweep": rate, "whole": f"{rate}, all steps", "runs": f"seed {self.seed}"}
         return f"{self.method}, {what[self.stage]}"
 
 
@@ -180,7 +196,7 @@ class Trials:
 
     request.json             what is compared; another request is refused
     prepared/                the data, prepared once, hard-linked into every run
-    timing/ sweep/ runs/     run directories: METHOD, METHOD/lr-RATE, METHOD/seed-N
+    timing/ sweep/ whole/ runs/   run directories: METHOD, METHOD/lr-RATE (both), METHOD/seed-N
     recipes/ logs/           what each run was given, and what it said
     compare.html compare.json
     """
@@ -264,6 +280,7 @@ class Trials:
             "default_lr": entry.default_lr,
             "steps": steps,
             "rates": {},
+            "whole": {},
             "lr": None,
             "at_edge": False,
             "runs": {},
@@ -276,7 +293,7 @@ class Trials:
         except TrialFailed as failure:
             self._note_failure(told, "all", failure)
             return told
-        told.update(rates={f"{rate:g}": loss for rate, loss in found.tried.items()}, lr=found.chosen)
+        told.update(rates=_named(found.tried), whole=_named(found.whole), lr=found.chosen)
         told["at_edge"] = found.at_edge
         for seed in seeds:
             try:
@@ -293,7 +310,7 @@ class Trials:
         return steps
 
     def _sweep(self, entry: Entry, steps: int, seed: int) -> Sweep:
-        """The learning rate, chosen on the validation part with one seed and a third of the steps."""
+        """The learning rate, chosen on the validation part with one seed: for a third of the steps, then for all."""
         shorter = math.ceil(steps / SWEEP_SHARE)
         if entry.rates and len(entry.rates) == 1:
             return Sweep({}, entry.rates[0], False)
@@ -302,6 +319,7 @@ class Trials:
             return self.loss(Trial("sweep", entry.kind, shorter, seed, rate))
 
         found = sweep(entry.rates, loss_of) if entry.rates else climb(entry.default_lr, loss_of)
+        found = settle(found, lambda rate: self.loss(Trial("whole", entry.kind, steps, seed, rate)))
         edge = "; it is at the edge of what was tried" if found.at_edge else ""
         self.say(f"{entry.kind}: learning rate {found.chosen:g} of {len(found.tried)} (validation loss){edge}")
         return found
@@ -428,6 +446,10 @@ class Trials:
             f"stopped by {self._stopping}; finished runs are kept, the one at work saved a checkpoint if it could",
             hint="Go on with the same command.",
         )
+
+
+def _named(losses: dict[float, float]) -> dict[str, float]:
+    return {f"{rate:g}": loss for rate, loss in losses.items()}
 
 
 def figures(run: RunDir) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fitout.trials import (
     parse_budget,
     parse_rates,
     rate_at,
+    settle,
     sweep,
     validation_loss,
 )
@@ -65,6 +66,27 @@ def test_a_diverged_rate_is_never_chosen_and_all_diverged_is_a_failure():
         sweep([1e-2], lambda rate: math.inf)
 
 
+def test_all_steps_may_take_a_lower_rate_than_a_part_of_them_did():
+    found = sweep([1e-4, 1e-3, 1e-2, 1e-1], {1e-4: 3.0, 1e-3: 2.0, 1e-2: 1.0, 1e-1: math.inf}.__getitem__)
+    whole, asked = {1e-2: 0.5, 1e-3: 0.3, 1e-4: 0.4}, []
+
+    def loss_of(rate: float) -> float:
+        asked.append(rate)
+        return whole[rate]
+
+    settled = settle(found, loss_of)
+    assert settled.chosen == 1e-3 and asked == [1e-2, 1e-3, 1e-4]
+    assert settled.whole == whole and settled.tried == found.tried and not settled.at_edge
+    asked.clear()
+    whole |= {1e-2: 0.2}
+    assert settle(found, loss_of).chosen == 1e-2 and asked == [1e-2, 1e-3]  # lower ones would be worse still
+    whole |= {1e-2: math.inf, 1e-3: math.inf}
+    lowest = settle(found, loss_of)
+    assert lowest.chosen == 1e-4 and lowest.at_edge
+    with pytest.raises(TrialFailed, match="diverged at every learning rate"):
+        settle(found, lambda rate: math.inf)
+
+
 def test_rates_are_round():
     assert [rate_at(2e-5, step) for step in (-2, -1, 0, 1, 2, 3)] == [2e-6, 6e-6, 2e-5, 6e-5, 2e-4, 6e-4]
 
@@ -86,7 +108,8 @@ def test_budgets_and_rates_are_read():
 
 
 class Told(Trials):
-    """Runs that are only written down: `losses` by learning rate, `broken` trials fail."""
+    """Runs that are only written down: `losses` by learning rate (of all steps: by ("whole", rate), where that is
+    given), `broken` trials fail."""
 
     def __init__(self, folder: Path, losses=None, broken=lambda trial: ""):
         self.lines: list[str] = []
@@ -98,7 +121,7 @@ class Told(Trials):
         if reason := self.broken(trial):
             raise TrialFailed(reason, where="log.txt")
         run = self.run_of(trial)
-        loss = self.losses.get(trial.lr, 1.0)
+        loss = self.losses.get((trial.stage, trial.lr), self.losses.get(trial.lr, 1.0))
         training = {"validation": [[0, 9.0], [trial.steps, loss]], "best_step": trial.steps, "steps": trial.steps,
                     "step_seconds": 2.0, "tokens": 5, "trained_parameters": 1, "parameters": 2,
                     "skipped_steps": 0}  # fmt: skip
@@ -126,6 +149,15 @@ def test_the_validation_best_rate_trains_the_seeds(tmp_path):
         (6, 3e-4, 10),
     ]
     assert list(told["runs"]) == ["5", "6"] and told["runs"]["5"]["memory_mb"] == 403 and not told["failed"]
+
+
+def test_the_rate_that_all_steps_prefer_trains_the_seeds(tmp_path):
+    trials = Told(tmp_path, {1e-4: 0.9, 3e-4: 0.5, 1e-3: 0.4, ("whole", 1e-3): 0.3, ("whole", 3e-4): 0.2})
+    told = trials.race(entry([1e-4, 3e-4, 1e-3]), [5, 6], 10, 0)
+    whole = [(one.lr, one.steps, one.seed) for one in trials.done if one.stage == "whole"]
+    assert whole == [(1e-3, 10, 5), (3e-4, 10, 5), (1e-4, 10, 5)]
+    assert told["lr"] == 3e-4 and told["whole"] == {"0.001": 0.3, "0.0003": 0.2, "0.0001": 0.9}
+    assert {one.lr for one in trials.done if one.stage == "runs"} == {3e-4}
 
 
 def test_one_given_rate_needs_no_sweep(tmp_path):

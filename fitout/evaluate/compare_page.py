@@ -270,15 +270,20 @@ def _rates(result: Result) -> str:
         tried = [(float(rate), math.inf if loss is None else loss) for rate, loss in one["rates"].items()]
         edge = " (at the edge of what was tried)" if one["at_edge"] else ""
         given = "" if tried else " (given)"
+        whole = ", ".join(
+            f"{rate}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in one["whole"].items()
+        )
         figures.append(
             f'<div class="figure"><div class="what">{text(name)}</div><div>{one["lr"]:g}{edge}{given}</div>'
-            f"{drawing.rate_curve(tried, one['lr']) if tried else ''}</div>"
+            f"{drawing.rate_curve(tried, one['lr']) if tried else ''}"
+            f"{f'<div><small>all steps: {whole}</small></div>' if whole else ''}</div>"
         )
     if not figures:
         return ""
     return (
-        "<h2>Learning rates</h2><p>Chosen for each method by the loss on the validation part, with the first seed "
-        "and a third of the steps. The runs that chose had no test question in their folders.</p>"
+        "<h2>Learning rates</h2><p>Chosen for each method by the loss on the validation part, with the first seed: "
+        "all rates for a third of the steps, which favours large ones, then the best of them and those below it for "
+        "all steps, until the loss gets worse. The runs that chose had no test question in their folders.</p>"
         f'<div class="figures">{"".join(figures)}</div>'
     )
 

@@ -84,6 +84,8 @@ def test_the_rate_is_the_best_on_validation(gone_on_with):
     assert len(swept) == 2 and swept[1e-2] < swept[1e-7]
     result = read_json(folder / "compare.json")["methods"]
     assert result["lora"]["lr"] == min(swept, key=swept.__getitem__)
+    whole = {float(run.name.removeprefix("lr-")) for run in (folder / "whole" / "lora").iterdir()}
+    assert whole == {float(rate) for rate in result["lora"]["whole"]} == {1e-2, 1e-7}  # the best, and the one below
     assert {float(rate): loss for rate, loss in result["lora"]["rates"].items()} == swept
     assert result["full"]["lr"] == 1e-3 and not (folder / "sweep" / "full").exists()  # one rate was given
 
@@ -91,7 +93,7 @@ def test_the_rate_is_the_best_on_validation(gone_on_with):
 def test_the_sweep_has_no_test_question(gone_on_with):
     """Not that it does not look: there is nothing in its folder to look at."""
     folder, *_ = gone_on_with
-    swept = [RunDir(path) for path in (folder / "sweep" / "lora").iterdir()]
+    swept = [RunDir(path) for stage in ("sweep", "whole") for path in (folder / stage / "lora").iterdir()]
     prepared = RunDir(folder / "prepared")
     origins = {row["origin"]["line"] for row in read_jsonl(prepared.test_rows)}
     assert origins

@@ -308,6 +308,7 @@ def result_of(count: int = 6, **more) -> dict:
            "parameters": 3_397_056, "validation_loss": 0.31, "device": "cpu"}  # fmt: skip
     methods = {
         name: {"settings": {"kind": name}, "steps": 60, "rates": {"0.0001": 1.2, "0.0003": 0.9, "0.001": None},
+               "whole": {"0.0003": 0.7, "0.0001": 0.8},
                "lr": 3e-4, "at_edge": False, "failed": {},
                "runs": {str(s): {**run, "memory_mb": 620 - 30 * at + s} for s in range(3)}}
         for at, name in enumerate(names)
@@ -317,6 +318,7 @@ def result_of(count: int = 6, **more) -> dict:
         "settings": {},
         "steps": 60,
         "rates": {},
+        "whole": {},
         "lr": None,
         "at_edge": False,
         "runs": {},
