@@ -22,6 +22,14 @@ MOMENTS = {  # something that is called while the verb does it
 }
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_while_doing_each_thing_and_run_again(tmp_path, monkeypatch, number):
     """One run, stopped in each of its phases in turn; the last call finds everything else done and ends well."""
