@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Recipe
 from ..errors import RequestError
+from ..plan import duration
 from ..rundir import RunDir
 from .preparing import prepare_data
 from .working import Screen, chat_of, recipe_of, run_directory
@@ -248,7 +249,6 @@ def forecast_run(
     from dataclasses import replace
 
     from ..errors import ModelError
-    from ..plan import duration
     from ..plan.estimate import MB
     from ..plan.machine import NotMeasured, Probe, Unmeasured, here, resident
     from ..plan.planner import advice, first_budget, look, setup_of
@@ -332,8 +332,6 @@ class Pace:
         self._taken.append(row["tokens"] / row["tokens_per_second"] if row["tokens_per_second"] else 0.0)
         left = self._total - row["step"]
         if len(self._taken) == PACED and left > 0:
-            from ..plan import duration
-
             each = sum(self._taken[1:]) / (PACED - 1)
             self.say(
                 f"a step takes {duration(each)}: {duration(each * left)} for the other {left:,}, without validation"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from fitout.errors import RequestError
 from fitout.model.methods import cost
 from fitout.model.shape import shape_of
 from fitout.plan import history
-from fitout.plan.machine import CARDS, GIB, Machine, NotMeasured, Probe, machine
+from fitout.plan.machine import CARDS, GIB, Machine, NotMeasured, Probe, _own_seconds, machine
 from fitout.plan.planner import choose, make_plan
 from fitout.plan.work import AverageLength, work_of
 from fitout.train import TrainSettings
@@ -172,3 +175,15 @@ def test_a_probe_is_remembered_for_its_machine(tmp_path, monkeypatch):
     assert first > 1e6 and speed.products(64, 64, 100, "fp32") == first and speed.bandwidth() > 1e6
     assert Probe("cpu", measures=False).products(64, 64, 100, "fp32") == first
     assert replace(card(1), name="b").name == "b" and (tmp_path / "speeds.json").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux says what a child took")
+def test_what_a_living_child_takes_is_this_processs_own():
+    busy = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    before = _own_seconds()
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()  # it has worked, and lives on
+        alive = _own_seconds() - before
+        child.stdin.close()
+    ended = _own_seconds() - before
+    assert alive >= 0.45 and ended >= 0.45
