@@ -18,6 +18,12 @@ OPTIONAL = {
     "mlflow-skinny": "MLflow: pip install 'fitout[mlflow]'",
 }
 
+HEADS = {
+    "plain": "a linear layer and nothing else: loss in chunks",
+    "own": "more than a linear layer: loss in chunks of the model's own forward",
+    "whole": "its forward cannot be taken apart: all supervised logits stand in memory at once",
+}
+
 
 def examine(model: str | None) -> dict[str, str]:
     """Facts by name, ready to print."""
@@ -58,8 +64,8 @@ def isolation(name: str) -> dict[str, str]:
     looks whether the others' logits move."""
     from ..model import varlen
     from ..model.attention import NAME, unlike_own, why_not_packed
+    from ..model.head import kind_of_head
     from ..model.load import load_base, resolve
-    from ..objectives.base import plain_head
 
     model = load_base(resolve(name).base)
     why = why_not_packed(model)
@@ -71,5 +77,5 @@ def isolation(name: str) -> dict[str, str]:
         "model": name,
         "packing": packed,
         **{f"varlen kernel on {device}": f"not used: {reason}" for device, reason in varlen.unused.items()},
-        "head": "plain: loss in chunks" if plain_head(model) else "its own forward computes the logits",
+        "head": HEADS[kind_of_head(model)],
     }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layout import Layout, Segment
 from ..model.attention import NAME as PACKED
-from ..model.fused import linear_cross_entropy
+from ..model.head import WHOLE, head_cross_entropy, kind_of_head
 from ..model.parts import DATA, HEAD, part
 
 
@@ -47,8 +47,8 @@ def inputs(layout: Layout, device: torch.device, *, round_to: int = 1) -> dict[s
 def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     """Weighted sum of the targets' cross-entropies (scalar), and each target's own (N, detached).
 
-    The head runs on the supervised positions only, in chunks, when it is a plain linear layer; a model that does more
-    to its logits (soft-capping, scaling, an adapted head) goes through its own forward at those positions.
+    The head runs on the supervised positions only, in chunks (model/head.py); where a forward cannot be taken apart for
+    that, it runs whole, at those positions.
     """
     device = getattr(model, "fitout_device", None) or next(model.parameters()).device  # off-loaded ones are elsewhere
     at = torch.from_numpy(layout.target_at).to(device)
@@ -56,11 +56,10 @@ def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     weights = torch.from_numpy(layout.target_weight).to(device)
     with part(DATA):
         fed = inputs(layout, device, round_to=_rounding(model, device))
-    if plain_head(model):
+    if kind_of_head(model) != WHOLE:
         hidden = model.get_decoder()(**fed).last_hidden_state[0]
-        head = model.get_output_embeddings()
         with part(HEAD):
-            return linear_cross_entropy(hidden.index_select(0, at), head.weight, head.bias, tokens, weights)
+            return head_cross_entropy(model, hidden.index_select(0, at), tokens, weights)
     logits = model(**fed, logits_to_keep=at).logits[0].float()
     with part(HEAD):
         losses = F.cross_entropy(logits, tokens, reduction="none")
@@ -77,10 +76,3 @@ def _rounding(model: Any, device: torch.device) -> int:
     low = torch.is_autocast_enabled(device.type) or model.dtype == torch.bfloat16
     packed = model.config._attn_implementation == PACKED
     return ROUND_TO if low and device.type == "cpu" and packed else 1
-
-
-def plain_head(model: Any) -> bool:
-    """Whether the logits are exactly `head(hidden)` for a plain linear head."""
-    config = model.config
-    touched = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_soft_cap")
-    return type(model.get_output_embeddings()) is nn.Linear and not any(getattr(config, key, None) for key in touched)

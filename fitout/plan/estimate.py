@@ -213,10 +213,10 @@ def layer_transient(shape: Shape, cost: Cost, setup: Setup, tokens: int) -> floa
 
 
 def loss_bytes(shape: Shape, cost: Cost, setup: Setup, batch: MicroBatch) -> float:
-    """The head's part (model/fused.py): logits of one chunk of targets, a few times; gradients of hidden and head."""
+    """The head's part (model/head.py): logits of one chunk of targets, a few times; gradients of hidden and head."""
     from ..model.fused import CHUNK_BYTES
 
-    rows = batch.targets if cost.whole_logits else min(batch.targets, max(64, CHUNK_BYTES // (4 * shape.vocab)))
+    rows = min(batch.targets, max(64, CHUNK_BYTES // (4 * shape.vocab)))
     logits = _memory_constants(setup)["chunks"] * 4.0 * rows * shape.vocab
     hidden = 3.0 * setup.width * batch.targets * shape.hidden
     head = 4.0 * shape.head_weights if cost.trains_head else 0.0

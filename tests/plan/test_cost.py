@@ -55,7 +55,6 @@ def test_trained_numbers_are_the_methods_own(settings, tied):
     assert found.frozen_base == (settings.kind != "full")
     head = model.get_output_embeddings()
     assert found.trains_head == getattr(head, "base", head).weight.requires_grad
-    assert found.whole_logits == hasattr(head, "base")
 
 
 def test_every_method_has_a_cost():

@@ -33,7 +33,7 @@ class Cost:
 
     For the backward pass, a token and layer: `reads` names the inputs of linear layers that are kept (see Linear),
     `kept` counts further numbers in the compute dtype. Both hold in the `layers` topmost layers, those that the
-    backward pass goes through. `whole_logits`: the head is not a plain matrix, so all targets' logits stand at once.
+    backward pass goes through.
 
     Arithmetic: `weight_gradients` numbers of the linear matrices get a gradient of their own; `thin_flops` a token in
     the method's own narrow products, forward and backward, over all layers; `calls` narrow products a layer, forward
@@ -52,7 +52,6 @@ class Cost:
     extra_bytes: int = 0
     reads: frozenset[str] = frozenset()
     kept: int = 0
-    whole_logits: bool = False
     weight_gradients: int = 0
     trains_head: bool = False
     embedding: bool = False  # the input embedding is trained: the backward pass goes down to it
@@ -113,7 +112,7 @@ def lora(
     `decomposed`: what A and B began as (PiSSA, OLoRA) is kept beside them and computed with."""
     chosen = [(linear, _rank_of(linear.path, rank_pattern or {}, rank)) for linear in targeted(shape, targets)]
     numbers = sum(r * (linear.inputs + linear.outputs) for linear, r in chosen)
-    head = _rank_of("lm_head", rank_pattern or {}, rank) if "lm_head" in targets and targets != "all-linear" else 0
+    head = _rank_of("lm_head", rank_pattern or {}, rank) if _head_adapted(targets) else 0
     added = shape.layers * numbers + head * (shape.hidden + shape.vocab)
     ends = [_named(name, train_also) for name in ("model.embed_tokens.weight", "lm_head.weight")]
     also = sum(size for name, size in shape.tensors() if _named(name, train_also))
@@ -128,10 +127,13 @@ def lora(
         kept=times * sum(r for _, r in chosen),
         trains_head=ends[1] or (shape.tied and ends[0]),
         embedding=ends[0] or (shape.tied and ends[1]),
-        whole_logits=head > 0,
         thin_flops=times * 6 * shape.layers * numbers,
         calls=5 * len(chosen),
     )
+
+
+def _head_adapted(targets: Targets) -> bool:
+    return targets != "all-linear" and "lm_head" in targets
 
 
 def _rank_of(path: str, pattern: Mapping[str, int], rank: int) -> int:
@@ -146,7 +148,7 @@ def dora(shape: Shape, *, rank: int, targets: Targets = "all-linear", **more) ->
     """LoRA and a magnitude for each output (Liu et al., arXiv 2402.09353); the columns' norms of W + s B A are formed
     anew in every forward, and the outputs before the magnitude are kept for its gradient."""
     base = lora(shape, rank=rank, targets=targets, **more)
-    head = shape.vocab if base.whole_logits else 0
+    head = shape.vocab if _head_adapted(targets) else 0
     chosen = targeted(shape, targets)
     outputs, weights = sum(linear.outputs for linear in chosen), sum(linear.weights for linear in chosen)
     return replace(
