@@ -240,7 +240,8 @@ class TrainingBar:
             elif "micro_batch_tokens" in row:
                 done = f"micro-batches of {row['micro_batch_tokens']:,} tokens from here (same steps, same order)"
             else:
-                done = "activations are recomputed from here"
+                share = row["gradient_checkpointing"]
+                done = f"activations of {100 * share:.0f} % of the layers are recomputed from here"
             self.screen.say(f"memory ran out: {done}")
         elif event == "profiled":
             from .profile_view import draw_profile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,22 @@ def give_back(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def recompute_activations(model: Any) -> None:
-    """What a layer computes is not kept for the backward pass but computed again in it."""
+def recompute_activations(model: Any, share: float = 1.0) -> float:
+    """What layers compute is not kept for the backward pass but computed again in it (Chen et al., arXiv 1604.06174):
+    in `share` of those that the backward pass goes through, from the lowest up. When it comes to these, what the layers
+    above kept is free already. Returns the share of all layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name in later versions of transformers 5
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.disable_input_require_grads()  # else the backward pass would go down through layers that nothing asks it to
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        return 1.0  # an older form, which knows all or nothing
+    gradients = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    lowest = 0 if model.get_input_embeddings().weight.requires_grad else gradients.index(True)
+    last = lowest + math.ceil(share * (len(layers) - lowest))
+    for layer in layers[last:]:
+        layer.gradient_checkpointing = False
+    return (last - lowest) / len(layers)

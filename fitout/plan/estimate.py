@@ -10,6 +10,7 @@ the running code by `python -m benchmarks.planner_kept`. The machine's constants
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +41,7 @@ class Setup:
     precision: str  # fp32, bf16, fp16
     device: str = "cpu"  # or cuda
     optimizer: str = "adamw"
-    recompute: bool = False
+    recompute: float = 0.0  # share of the layers that the backward pass goes through and computes again
     devices: int = 1
     stage: int = 0
     resident: float = 0.0  # bytes that this process holds before anything is loaded; 0 where it is not known
@@ -198,9 +199,13 @@ def kept_bytes(shape: Shape, cost: Cost, setup: Setup, tokens: int) -> float:
     layer = layer_bytes(shape, cost, setup)
     stream = 4 if _autocast(cost, setup) else setup.width
     outside = HIDDEN_IN_FLIGHT * stream * shape.hidden
-    if setup.recompute:
-        return tokens * (outside + layer + cost.layers * stream * shape.hidden)
-    return tokens * (outside + cost.layers * layer)
+    again = recomputed_layers(cost, setup)
+    whole = max(cost.layers - again, min(1, cost.layers))  # the one that is computed again is whole, too
+    return tokens * (outside + whole * layer + again * stream * shape.hidden)
+
+
+def recomputed_layers(cost: Cost, setup: Setup) -> int:
+    return math.ceil(setup.recompute * cost.layers)
 
 
 def layer_transient(shape: Shape, cost: Cost, setup: Setup, tokens: int) -> float:
@@ -264,11 +269,11 @@ def features(shape: Shape, cost: Cost, setup: Setup, step: tuple[MicroBatch, ...
     rate = max(rates.values())
     layer = sum(2 * linear.weights / rates[linear] for linear in shape.linears)
     gradients = cost.weight_gradients / shape.layer_weights  # in layers
-    forwards = shape.layers * (2 if setup.recompute else 1)
+    forwards = shape.layers + recomputed_layers(cost, setup)
     head_rate = speed.products(shape.hidden, shape.vocab, 512, setup.precision)
     head = targets * 2 * shape.head_weights * (3 if cost.trains_head else 2) / head_rate
     bytes_per_second = speed.bandwidth()
-    moved = tokens * cost.layers * layer_bytes(shape, cost, setup) * (1.5 if setup.recompute else 1)
+    moved = tokens * cost.layers * layer_bytes(shape, cost, setup) * (1 + setup.recompute / 2)
     optimizer = 16 + 2 * OPTIMIZER_BYTES[setup.optimizer]
     copies = 6 * shape.linear_weights * len(step) if _autocast(cost, setup) else 0
     accumulated = 12 * cost.trained * len(step)
@@ -276,7 +281,7 @@ def features(shape: Shape, cost: Cost, setup: Setup, step: tuple[MicroBatch, ...
     documents = float(sum(len(b.lengths) for b in step) * forwards)
     return {
         "products": tokens * layer * (forwards + cost.layers + gradients) + head,
-        "thin": tokens * cost.thin_flops * (4 / 3 if setup.recompute else 1) / rate,
+        "thin": tokens * cost.thin_flops * (1 + setup.recompute / 3) / rate,
         "attention": sum(b.pairs for b in step) * shape.attention_width * 14 * shape.layers / rate,
         "moving": (moved + 12 * targets * shape.vocab) / bytes_per_second,
         "updates": (cost.trained * optimizer + copies + accumulated) / bytes_per_second + len(step) * once,

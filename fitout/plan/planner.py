@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ..errors import RequestError
 from ..model.methods.cost import Cost
 from ..model.shape import Shape
-from ..train import FIRST_BUDGET, TrainSettings
+from ..train import FIRST_BUDGET, RECOMPUTED, TrainSettings
 from .estimate import MB, Memory, Setup, exchange_seconds, memory, seconds
 from .machine import Machine
 from .work import MicroBatch, Work, WorkAt
@@ -151,7 +151,7 @@ def setup_of(train: TrainSettings, precision: str, machine: Machine, *, devices:
         precision=precision,
         device=machine.kind,
         optimizer=train.optimizer,
-        recompute=train.gradient_checkpointing is True,
+        recompute=train.recompute,
         devices=devices,
         stage=stage,
         resident=machine.resident,
@@ -210,25 +210,18 @@ def _mean_step(shape: Shape, cost: Cost, setup: Setup, work: Work, machine: Mach
 def _remedies(
     setup: Setup, train: TrainSettings, work_at: WorkAt, longest: int
 ) -> Iterator[tuple[dict[str, Any], Work, Setup]]:
-    """What the loop itself does when memory runs out, in its order: smaller micro-batches, then recomputing."""
+    """What the loop itself does when memory runs out, in its order: smaller micro-batches, then recomputing more and
+    more layers."""
     budget = first_budget(train, setup.device)
     work = work_at(budget, setup.devices)
     while work.largest.tokens > longest:
         budget = max(longest, min(budget, work.largest.tokens) // 2)
         work = work_at(budget, setup.devices)
         yield {"train.micro_batch_tokens": budget}, work, setup
-    if not setup.recompute:
-        budget = first_budget(train, setup.device)
-        lighter = replace(setup, recompute=True)
-        while True:
-            work = work_at(budget, setup.devices)
-            keys: dict[str, Any] = {"train.gradient_checkpointing": True}
-            if budget != first_budget(train, setup.device):
-                keys["train.micro_batch_tokens"] = budget
-            yield keys, work, lighter
-            if work.largest.tokens <= longest:
-                return
-            budget = max(longest, min(budget, work.largest.tokens) // 2)
+    smallest = {} if budget == first_budget(train, setup.device) else {"train.micro_batch_tokens": budget}
+    for share in RECOMPUTED if not setup.recompute else ():
+        keys = {"train.gradient_checkpointing": True if share == 1 else share, **smallest}
+        yield keys, work, replace(setup, recompute=share)
 
 
 TURN = {  # the largest term -> what makes it smaller

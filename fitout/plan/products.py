@@ -39,7 +39,7 @@ class Products:
         at each other in a layer (layout.Layout.pairs); `again` is the share of the layers whose forward is recomputed.
 
         A product over n weights is 2 n FLOPs a token, its two gradients as much each. The lowest layer of a frozen base
-        needs no gradient of its input (recomputing asks for one). Too large at most: by the lowest layer for a
+        needs no gradient of its input. Too large at most: by the lowest layer for a
         bottleneck adapter, whose backward ends within it; by the last products of recomputed layers, which may be left
         out.
         """
@@ -47,7 +47,7 @@ class Products:
         rates = {linear: self._rate(linear.inputs, linear.outputs, self.rows) for linear in shape.linears}
         fastest = max(rates.values())
         forward = shape.layers * (1 + again)
-        spared = cost.frozen_base and not cost.embedding and not again and cost.layers > 0
+        spared = cost.frozen_base and not cost.embedding and cost.layers > 0
         passes = {linear: forward + cost.layers - (spared and linear.reads == "attention") for linear in shape.linears}
         gradients = cost.weight_gradients / shape.layer_weights  # in layers
         flops = {linear: 2 * tokens * linear.weights * (passes[linear] + gradients) for linear in shape.linears}

@@ -72,6 +72,9 @@ class Rehearsal:
 
     def tempo(self, kind: str, cost: Cost, setup: Setup, budget: int) -> Tempo | None:
         """None where it cannot be found: a model too large to rehearse, a package or a layer that is missing."""
+        if 0 < setup.recompute < 1:  # between nothing and all
+            none, every = (self.tempo(kind, cost, replace(setup, recompute=end), budget) for end in (0.0, 1.0))
+            return _between(none, every, setup.recompute) if none and every else None
         depths = DEPTHS if self.shape.layers > DEPTHS[-1] else (self.shape.layers,)
         small = replace(self.shape, layers=depths[-1], vocab=self._vocabulary())
         if small.parameters > MOST_NUMBERS:
@@ -248,6 +251,11 @@ class Trial:
     forward: np.ndarray
     backward: np.ndarray
     update: np.ndarray
+
+
+def _between(one: Tempo, other: Tempo, share: float) -> Tempo:
+    mixed = {key: (1 - share) * value + share * asdict(other)[key] for key, value in asdict(one).items()}
+    return Tempo(**mixed)
 
 
 def layers_of(trial: Trial, what: str) -> int:

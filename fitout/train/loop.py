@@ -21,7 +21,7 @@ from ..model.methods.base import Method, copy_into, trainable
 from ..model.parts import DATA, part
 from ..objectives.base import Objective
 from ..rundir import RunDir
-from . import FIRST_BUDGET, TrainSettings
+from . import FIRST_BUDGET, RECOMPUTED, TrainSettings
 from .ahead import Ahead
 from .backend import Backend
 from .checkpoint import Checkpoint, Checkpoints
@@ -119,14 +119,15 @@ class _Run:
         self.at = Progress(budget=_first_budget(job.settings, backend))
         self.ahead = Ahead(self._make_layouts, job.total_steps)
         self.saved_step = -1
-        self.recomputed = 0.0  # share of the layers that are computed again in the backward pass
+        self.recomputing = 0.0  # share of the layers that the backward pass goes through and computes again
+        self.recomputed = 0.0  # the same as a share of all layers
 
     # beginning
 
     def begin(self, resume: bool) -> None:
         self.job.model.train()
-        if self.job.settings.gradient_checkpointing is True:
-            self._recompute_activations()  # also for the gradients that a method begins with
+        if self.job.settings.recompute:
+            self._recompute_activations(self.job.settings.recompute)  # also for gradients that a method begins with
         checkpoint, passed_over = self.checkpoints.newest() if resume else (None, [])
         if checkpoint:
             self._restore(checkpoint)
@@ -293,16 +294,16 @@ class _Run:
             self._need_less_memory(layouts)
 
     def _need_less_memory(self, layouts: list[Layout]) -> None:
-        """Halves the micro-batch; when each is one sample, recomputes activations; else gives up with advice."""
+        """Halves the micro-batch; when each is one sample, recomputes more activations; else gives up with advice."""
         largest = max(layout.tokens for layout in layouts)
         longest = max(_longest_sample(layout) for layout in layouts)
         smaller = max(longest, min(self.at.budget, largest) // 2)
         if smaller < min(self.at.budget, largest):
             self.at.budget = smaller
             self._tell("oom", micro_batch_tokens=smaller)
-        elif self.job.model.training and self.job.settings.gradient_checkpointing == "auto" and not self.recomputed:
-            self._recompute_activations()
-            self._tell("oom", gradient_checkpointing=True)
+        elif self.job.model.training and (share := self._more_to_recompute()):
+            self._recompute_activations(share)
+            self._tell("oom", gradient_checkpointing=share)
         else:
             raise FitoutError(
                 f"memory ran out on a single sample of {longest} tokens",
@@ -310,9 +311,15 @@ class _Run:
                 hint="Lower data.max_length, take method: {kind: lora}, or a smaller base model.",
             )
 
-    def _recompute_activations(self) -> None:
-        self.recomputed = 1.0
-        recompute_activations(self.job.model)
+    def _more_to_recompute(self) -> float | None:
+        """The next share of the layers to recompute; None where the recipe says how many, or all are."""
+        if self.job.settings.gradient_checkpointing != "auto":
+            return None
+        return next((share for share in RECOMPUTED if share > self.recomputing), None)
+
+    def _recompute_activations(self, share: float) -> None:
+        self.recomputing = share
+        self.recomputed = recompute_activations(self.job.model, share)
 
     # numbers that are not finite
 

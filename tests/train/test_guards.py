@@ -8,7 +8,10 @@ import torch
 
 from fitout.errors import FitoutError
 from fitout.files import read_jsonl
-from fitout.model.memory import is_out_of_memory
+from fitout.layout import Segment
+from fitout.model import methods
+from fitout.model.memory import is_out_of_memory, recompute_activations
+from fitout.model.methods import FullSettings, LoraSettings
 from fitout.train import TrainSettings, checkpoint, loop
 from fitout.train.optim import learning_rate, make_optimizer
 from tests.conftest import tiny_llama
@@ -64,7 +67,7 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(tmp_path, monkeypat
 
 
 def test_out_of_memory_to_the_end(tmp_path, monkeypatch):
-    """Halved, then activations recomputed, then given up with advice; the log tells each."""
+    """Halved, then activations recomputed in more and more layers, then given up with advice; the log tells each."""
     monkeypatch.setattr(loop, "train_step", fails_once(torch.OutOfMemoryError("no"), times=100, at_call=1))
     job = make_job(tmp_path)
     with pytest.raises(FitoutError, match="memory ran out on a single sample") as error:
@@ -73,8 +76,7 @@ def test_out_of_memory_to_the_end(tmp_path, monkeypatch):
     told = events(job.run.log, "oom")
     budgets = [row["micro_batch_tokens"] for row in told if "micro_batch_tokens" in row]
     assert budgets == sorted(budgets, reverse=True) and len(budgets) == len(set(budgets)) >= 2
-    assert told[-1]["gradient_checkpointing"] is True
-    assert job.model.is_gradient_checkpointing
+    assert [row["gradient_checkpointing"] for row in told[len(budgets) :]] == [0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("fails", [{4}, {4, 6}], ids=["once", "twice"])
@@ -117,13 +119,32 @@ def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
 
 
 def test_recomputed_activations_give_the_same_training(tmp_path):
-    ran = []
-    for name, on in (("kept", False), ("recomputed", True)):
-        job = make_job(tmp_path / name, gradient_checkpointing=on)
-        train(job)
-        assert job.model.is_gradient_checkpointing is on
-        ran.append([x for _, x in losses(job.run.log)])
-    assert ran[0] == pytest.approx(ran[1], abs=1e-6)
+    ran = {}
+    for asked in (False, 0.5, True):
+        job = make_job(tmp_path / str(asked), gradient_checkpointing=asked)
+        progress = train(job)
+        assert progress.recomputed == float(asked) * progress.tokens
+        ran[asked] = [x for _, x in losses(job.run.log)]
+    assert ran[0.5] == ran[False] and ran[True] == ran[False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "recomputed"),
+    [(LoraSettings(), 0.5, [True, False]), (LoraSettings(), 1.0, [True, True]),
+     (FullSettings(last_layers=1), 1.0, [True, True]), (FullSettings(last_layers=1), 0.5, [True, True])],
+)  # fmt: skip
+def test_recomputing_goes_from_the_lowest_layer_up_and_asks_for_no_more_gradients(settings, share, recomputed):
+    model = tiny_llama()
+    methods.create(settings).apply(model)
+    found = recompute_activations(model, share)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == recomputed
+    assert found == (0.5 if isinstance(settings, FullSettings) or share == 0.5 else 1.0)
+    asked = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, given: asked.append(given[0].requires_grad))
+    model.train()
+    model(input_ids=torch.arange(9)[None], segments=(Segment(0, 9),), use_cache=False)
+    assert asked == [False, not isinstance(settings, FullSettings)]
 
 
 class Spoiled:

@@ -46,8 +46,7 @@ def counted(settings, *, tied=False, recompute=False):
     method, model = methods.create(settings), tiny_llama(tied=tied)
     method.apply(model)
     model.train()
-    if recompute:
-        recompute_activations(model)
+    again = recompute_activations(model) if recompute else 0.0
     ids, train_on = random_samples(5, prefix=20)
     layout = lay_out(ids, train_on, range(5))
     with fused(model):
@@ -66,7 +65,7 @@ def counted(settings, *, tied=False, recompute=False):
     shape = shape_of({**model.config.to_dict(), "tie_word_embeddings": tied})
     cost = settings.cost(shape)
     ours = Products(shape, cost, "fp32", OneFlop(), 64)
-    return theirs, ours.count(layout.tokens, layout.supervised, layout.pairs, float(recompute))
+    return theirs, ours.count(layout.tokens, layout.supervised, layout.pairs, again)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -83,12 +82,10 @@ def counted(settings, *, tied=False, recompute=False):
     ],
 )
 def test_flops_are_those_that_torch_counts(settings, tied, tolerance, recompute):
-    if recompute and getattr(settings, "last_layers", None):
-        pytest.skip("transformers then has the backward go down to the embedding")
     theirs, ours = counted(settings, tied=tied, recompute=recompute)
     total = ours["linears"].flops + ours["head and loss"].flops
     assert theirs <= total * (1 + 1e-9)
-    assert total <= theirs * (1 + tolerance + 0.06 * recompute) + 1e-6  # recomputing may stop before the last product
+    assert total <= theirs * (1 + tolerance + 0.08 * recompute) + 1e-6  # recomputing may stop before the last product
     assert ours["linears"].seconds == pytest.approx(ours["linears"].flops)
 
 
