@@ -334,9 +334,13 @@ class Trials:
         return RunDir(self.folder / trial.name)
 
     def finished(self, trial: Trial) -> bool:
-        status = self.run_of(trial).read_status()
+        """Whether this very run is done; one with another learning rate (of an earlier version's choice) is not it."""
+        run = self.run_of(trial)
+        status = run.read_status()
         wanted = "done" if trial.stage == "runs" else "trained"
-        return status.get("status") == wanted and status.get("trained_steps") == trial.steps
+        if status.get("status") != wanted or status.get("trained_steps") != trial.steps:
+            return False
+        return trial.lr is None or _train_settings(run)["lr"] == trial.lr
 
     def do(self, trial: Trial) -> RunDir:
         """The run of a trial, done or gone on with where that is needed. Raises TrialFailed with the reason, Stopped
@@ -480,9 +484,13 @@ def validation_loss(run: RunDir) -> float | None:
     """The validation loss of the weights that the run ended with; None where there is no validation part."""
     training = run.read_status().get("training", {})
     points = training.get("validation") or []
-    best = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))["train"]["keep"] == "best"
+    best = _train_settings(run)["keep"] == "best"
     kept = [loss for step, loss in points if best and step == training["best_step"]]
     return (kept or [loss for _, loss in points[-1:]] or [None])[0]
+
+
+def _train_settings(run: RunDir) -> dict[str, Any]:
+    return yaml.safe_load(run.recipe.read_text(encoding="utf-8"))["train"]
 
 
 def _diverged(run: RunDir) -> bool:

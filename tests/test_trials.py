@@ -206,6 +206,16 @@ def test_the_loss_is_of_the_weights_that_were_kept(tmp_path, keep, loss):
 # the folder
 
 
+def test_a_run_with_another_rate_is_not_taken_for_done(tmp_path):
+    """An earlier version may have chosen another."""
+    trials, trial = Told(tmp_path), Trial("runs", "lora", 10, 5, 3e-4)
+    run = trials.do(trial)
+    run.recipe.write_text("train: {keep: best, lr: 3.0e-4}")
+    assert trials.finished(trial)
+    assert not trials.finished(Trial("runs", "lora", 10, 5, 1e-3))
+    assert not trials.finished(Trial("runs", "lora", 11, 5, 3e-4))
+
+
 def test_another_request_is_refused_and_more_methods_are_not(tmp_path):
     trials = Told(tmp_path)
     request = {"recipe": {"a": 1}, "budget": "steps=5", "learning rates": {"": [1e-4]}}
