@@ -1,4 +1,4 @@
-"""Fitout, TRL's SFTTrainer and transformers' Trainer in turn on the same work.
+"""Fitout, TRL's SFTTrainer, transformers' Trainer and, where it is installed, LLaMA-Factory in turn on the same work.
 
     python -m benchmarks.against_trl --out benchmarks/results/NAME.json
 
@@ -16,18 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 WARMUP = 3
+RANK, LENGTH = 16, 1024
 FIRST = {"fp32": 1e-4, "bf16": 5e-3}  # largest difference of the losses of step 1
 CURVE = {"fp32": 1e-3, "bf16": 2e-2}  # and of all steps
 CANDIDATES = (  # our best effort for TRL: without recomputation, and these ways to cut a step into device batches
     "per=2,recompute=0,sort=1", "per=4,recompute=0,sort=1", "per=8,recompute=0,sort=1", "per=16,recompute=0",
     "per=4,recompute=0,sort=1,free=1",
 )  # fmt: skip
+LLAMA_FACTORY = ("llama-factory default", "llama-factory best")
 BF16_BASE = "base=bf16"  # under autocast: spares the cast of every frozen weight in every forward
 
 
@@ -35,20 +39,23 @@ def main() -> None:
     asked = _arguments()
     with tempfile.TemporaryDirectory(prefix="fitout-benchmark-") as name:
         folder = Path(name)
-        _child("work", folder, asked.shape, asked.precision, asked.steps, asked.method, asked.data)
+        child("work", folder, asked.shape, asked.precision, asked.steps, asked.method, asked.data, RANK, LENGTH)
         work = json.loads((folder / "work.json").read_text())
         tuning, best = {}, asked.best
         if asked.tune:
             tuning, best = _tune(folder, work, asked)
         sides = {"fitout": None, "trl default": "", "trl best": best, "trainer best": f"{best},trainer=plain,free=0"}
+        if asked.llama_factory:
+            sides |= {LLAMA_FACTORY[0]: "", LLAMA_FACTORY[1]: f"{best},free=0"}
         if asked.sides:
             sides = {name: sides[name] for name in ("fitout", *asked.sides)}
-        rounds = [_round(folder, work, sides, asked.warmup, number) for number in range(asked.rounds)]
+        pythons = dict.fromkeys(LLAMA_FACTORY, asked.llama_factory)
+        rounds = [round_of(folder, work, sides, asked.warmup, number, pythons) for number in range(asked.rounds)]
     result = {
         "shape": asked.shape, "method": asked.method, "data": asked.data, "precision": asked.precision,
-        "steps": asked.steps, "warmup": asked.warmup,
-        "quick": asked.quick, "work": work, "trl_best": best, "tuning": tuning, "machine": _machine(), "rounds": rounds,
-        "parity": {side: _parity(rounds, side, work) for side in sides if side != "fitout"},
+        "steps": asked.steps, "warmup": asked.warmup, "quick": asked.quick, "work": work, "trl_best": best,
+        "tuning": tuning, "machine": machine(), "llama_factory": _versions_of(asked.llama_factory), "rounds": rounds,
+        "parity": {side: parity(rounds, side, work) for side in sides if side != "fitout"},
     }  # fmt: skip
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -67,8 +74,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--best", default="per=4,recompute=0,sort=1", help="TRL's best setting, where it is known")
     parser.add_argument("--tune", action="store_true", help="find TRL's best setting first, by trying the candidates")
     parser.add_argument(
-        "--sides", nargs="+", help="peers to run, of: 'trl default', 'trl best', 'trainer best'; else all"
-    )
+        "--sides", nargs="+", help="peers to run, of: 'trl default', 'trl best', 'trainer best' and, with "
+        "--llama-factory, 'llama-factory default', 'llama-factory best'; else all"
+    )  # fmt: skip
+    parser.add_argument("--llama-factory", metavar="PYTHON", help="the Python of an environment that has LLaMA-Factory")
     parser.add_argument("--quick", action="store_true", help="3 steps, 1 round: does it run and agree")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
@@ -81,22 +90,30 @@ def _arguments() -> argparse.Namespace:
     return asked
 
 
-def _round(
-    folder: Path, work: dict[str, Any], sides: dict[str, str | None], warmup: int, number: int
+def round_of(
+    folder: Path,
+    work: dict[str, Any],
+    sides: dict[str, str | None],
+    warmup: int,
+    number: int,
+    pythons: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Each side once; the order is turned around every other round."""
     order = list(sides) if number % 2 == 0 else list(sides)[::-1]
-    return {side: _measure(folder, work, side, sides[side], warmup) for side in order}
+    return {side: measure(folder, work, side, sides[side], warmup, pythons.get(side)) for side in order}
 
 
-def _measure(folder: Path, work: dict[str, Any], side: str, options: str | None, warmup: int) -> dict[str, Any]:
-    """One run in a fresh process. A step lasts from the end of the one before it; speeds are medians after warm-up."""
+def measure(
+    folder: Path, work: dict[str, Any], side: str, options: str | None, warmup: int, python: str | None = None
+) -> dict[str, Any]:
+    """One run in a fresh process, of another `python` where one is given. A step lasts from the end of the one before
+    it; speeds are medians after warm-up."""
     out = folder / "result.json"
     began = time.time()
     if options is None:
-        _child("side_fitout", folder, out)
+        child("side_fitout", folder, out)
     else:
-        _child("side_trl", folder, out, options)
+        child("side_llama_factory" if side in LLAMA_FACTORY else "side_trl", folder, out, options, python=python)
     raw = json.loads(out.read_text())
     seconds = [b - a for a, b in zip(raw["ends"], raw["ends"][1:], strict=False)]
     steps = list(zip(work["steps"][1:], seconds, strict=False))[max(0, warmup - 1) :]
@@ -126,13 +143,13 @@ def _tune(folder: Path, work: dict[str, Any], asked: argparse.Namespace) -> tupl
     speeds = {}
     for options in CANDIDATES:
         options += f",{BF16_BASE}" if asked.precision == "bf16" else ""
-        run = _measure(folder, work, options, options, asked.warmup)
+        run = measure(folder, work, options, options, asked.warmup)
         if run["same_rows"]:
             speeds[options] = run["supervised_tokens_per_second"]
     return speeds, max(speeds, key=lambda options: speeds[options])
 
 
-def _parity(rounds: list[dict[str, Any]], side: str, work: dict[str, Any]) -> dict[str, Any]:
+def parity(rounds: list[dict[str, Any]], side: str, work: dict[str, Any]) -> dict[str, Any]:
     """Whether the two sides trained the same thing: rows, loss of step 1, and the whole curve."""
     ours, theirs = [r["fitout"] for r in rounds], [r[side] for r in rounds]
     curves = [(x["losses"], y["losses"]) for x, y in zip(ours, theirs, strict=True)]
@@ -144,14 +161,14 @@ def _parity(rounds: list[dict[str, Any]], side: str, work: dict[str, Any]) -> di
     return {"same_rows": rows, "step_1_gap": first, "largest_gap": max(gaps), "same_training": equal}
 
 
-def _child(module: str, *arguments: object) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+def child(module: str, *arguments: object, python: str | None = None) -> None:
+    command = [python or sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}")
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     packages = ("torch", "transformers", "peft", "trl", "accelerate")
     return {
@@ -161,6 +178,16 @@ def _machine() -> dict[str, Any]:
         **{name: version(name) for name in packages},
         "when": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def _versions_of(python: str | None) -> dict[str, str]:
+    """What the other environment has."""
+    if not python:
+        return {}
+    packages = ("llamafactory", "torch", "transformers", "peft")
+    code = f"from importlib.metadata import version; print([version(name) for name in {packages}])"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return dict(zip(packages, json.loads(done.stdout.replace("'", '"')), strict=True))
 
 
 def _lines(path: str) -> list[str]:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .work import ALPHA, MAX_LENGTH, RANK, SEED, hash_step
+from .work import ALPHA, SEED, hash_step
 
 DEFAULT = {"trainer": "trl", "per": "8", "recompute": "1", "sort": "0", "free": "0", "base": "fp32"}
 
@@ -30,38 +30,15 @@ def main(folder: Path, out: Path, text: str) -> None:
     options["per"] = str(min(int(options["per"]), batch))
     trainer, watch, batches = _trainer(folder, options)
     trainer.train()
-    steps = batch // int(options["per"])
-    groups = [batches[at : at + steps] for at in range(0, len(batches), steps)][: len(watch.ends)]
-    out.write_text(
-        json.dumps({"ends": watch.ends, "losses": watch.losses, "peaks": watch.peaks,
-                    "hashes": [_hash(group) for group in groups],
-                    "computed": [sum(batch["input_ids"].numel() for batch in group) for group in groups]})
-    )  # fmt: skip
+    write(out, watch, batches, batch // int(options["per"]))
 
 
 def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict[str, Any]]]:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
-
-    class Stopwatch(TrainerCallback):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-            self.losses: list[float] = []
-            self.peaks: list[float] = []
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(time.time())
-            self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                self.losses.append(logs["loss"])
 
     work = json.loads((folder / "work.json").read_text())
-    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-    if options["sort"] == "1":
-        steps = [sorted(step, key=lambda row: len(row["ids"])) for step in steps]
+    steps = read_steps(folder, sort=options["sort"] == "1")
     rows = [row for step in steps for row in step]
     data = Dataset.from_dict({"input_ids": [r["ids"] for r in rows], "completion_mask": [r["mask"] for r in rows]})
     per = int(options["per"])
@@ -83,26 +60,66 @@ def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict
         "report_to": "none",
         "disable_tqdm": True,
     }
-    watch = Stopwatch()
-    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
+    watch = stopwatch()
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=work["rank"], lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear"
+    )
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[options["base"]]
     make = _plain if options["trainer"] == "plain" else _trl
     trainer = make(folder, common, options, data, lora if work["method"] == "lora" else None, dtype, watch)
     if work["method"] == "lora":
         _take_our_adapter(trainer.model, folder / "adapter")
-    return trainer, watch, _record_batches(trainer)
+    return trainer, watch, record_batches(trainer)
+
+
+def read_steps(folder: Path, *, sort: bool) -> list[list[dict[str, list[int]]]]:
+    """The rows of each step, by length where that is asked."""
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    return [sorted(step, key=lambda row: len(row["ids"])) for step in steps] if sort else steps
+
+
+def stopwatch() -> Any:
+    """A callback that notes when each step ended, its loss, and the memory peak so far."""
+    from transformers import TrainerCallback
+
+    class Stopwatch(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+            self.losses: list[float] = []
+            self.peaks: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.time())
+            self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(logs["loss"])
+
+    return Stopwatch()
+
+
+def write(out: Path, watch: Any, batches: list[dict[str, Any]], a_step: int) -> None:
+    """What a side leaves; `a_step` device batches make a step."""
+    groups = [batches[at : at + a_step] for at in range(0, len(batches), a_step)][: len(watch.ends)]
+    out.write_text(
+        json.dumps({"ends": watch.ends, "losses": watch.losses, "peaks": watch.peaks,
+                    "hashes": [_hash(group) for group in groups],
+                    "computed": [sum(batch["input_ids"].numel() for batch in group) for group in groups]})
+    )  # fmt: skip
 
 
 def _trl(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype: str, watch: Any) -> Any:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    length = max(map(len, data["input_ids"]))  # nothing is cut
     return SFTTrainer(
         model=str(folder / "base"),
         args=SFTConfig(
             **common,
             padding_free=options["free"] == "1",
-            max_length=None if options["free"] == "1" else MAX_LENGTH,
+            max_length=None if options["free"] == "1" else length,
             completion_only_loss=True,
             model_init_kwargs={"dtype": dtype},
         ),
@@ -152,7 +169,7 @@ def _take_our_adapter(model: Any, folder: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def _record_batches(trainer: Any) -> list[dict[str, Any]]:
+def record_batches(trainer: Any) -> list[dict[str, Any]]:
     """Keeps the very batches that the trainer's collator makes, to hash them afterwards."""
     seen: list[dict[str, Any]] = []
     original = trainer.data_collator

@@ -17,7 +17,8 @@ REAL = "real-input.json"  # written by real_input.py; the others by against_trl.
 CRASH, FAULTS, POWER, FLIPS = "crash.json", "disk-faults.json", "disk-power.json", "disk-flips.json"
 NAMES = {
     "fitout": "Fitout", "trl default": "TRL, default", "trl best": "TRL, best effort",
-    "trainer best": "transformers Trainer, best effort",
+    "trainer best": "transformers Trainer, best effort", "llama-factory default": "LLaMA-Factory, default",
+    "llama-factory best": "LLaMA-Factory, best effort",
 }  # fmt: skip
 DATA = {
     "alpaca": "Alpaca rows", "gsm8k": "GSM8K rows", "blocks": "full blocks of 1,024",
@@ -31,7 +32,7 @@ def main() -> None:
     lost = {name: results.pop(name) for name in (CRASH, FAULTS, POWER, FLIPS) if name in results}
     compared = [results.pop(name) for name in [*results] if name.startswith("compare-")]  # as `fitout compare` wrote it
     full = [result for result in results.values() if not result["quick"]]
-    _put("table", [_section(result) for result in full if result.get("kind") != "planner"])
+    _put("table", [_section(result) for result in full if "kind" not in result])
     _put("real input", [_real_input(real)] if real else [])
     _put("survival", [_survival(lost)] if lost else [])
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
@@ -73,11 +74,18 @@ def _section(result: dict[str, Any]) -> str:
         f"{len(rounds)} rounds of {result['steps']} steps ({result['warmup']} of them warm-up), "
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, trl {machine['trl']}, peft {machine['peft']}; {machine['when']}.\n"
-        f"The peers' best: `{result['trl_best']}`.\n\n"
+        f"The peers' best: `{result['trl_best']}`.{_other(result.get('llama_factory'))}\n\n"
         "| | supervised tok/s | all tok/s | Fitout is | peak memory | Fitout takes "
         "| start to first step | Fitout takes | largest loss gap |\n|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([head, *(_row(result, side) for side in NAMES if side in rounds[0])])
+
+
+def _other(versions: dict[str, str] | None) -> str:
+    """The other environment's packages."""
+    if not versions:
+        return ""
+    return " LLaMA-Factory's: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
 
 
 def _planner(result: dict[str, Any]) -> str:

@@ -7,8 +7,9 @@
     FOLDER/steps.jsonl   for each step its rows, each {ids, mask}: the peer's data, read back from the prepared store
     FOLDER/work.json     sizes and hashes
 
-Run as `python -m benchmarks.work FOLDER SHAPE PRECISION STEPS METHOD DATA`, a process of its own, so that making
-the work leaves no trace in the memory that is measured.
+Run as `python -m benchmarks.work FOLDER SHAPE PRECISION STEPS METHOD DATA RANK LENGTH`, a process of its own, so that
+making the work leaves no trace in the memory that is measured. RANK is LoRA's, LENGTH the most tokens of a sample (of
+`blocks`: of each).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import Any
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TOKENIZER = SHARED / "tokenizers" / "minimind"
-RANK, ALPHA, SEED, MAX_LENGTH = 16, 32, 0, 1024
+ALPHA, SEED = 32, 0
 LR = {"lora": 2e-4, "full": 2e-5}
 PROMPT, ANSWER, ANSWERS = 384, 128, 8  # tokens, tokens, answers to one prompt: the rows of `shared`
-BATCH = {"alpaca": 16, "gsm8k": 16, "blocks": 4, "shared": 8, "pairs": 16}  # examples a step
+BATCH = {"alpaca": 16, "gsm8k": 16, "shared": 8, "pairs": 16}  # examples a step
+STEP = 4096  # tokens a step of `blocks`, at least one block
 SHAPES: dict[str, dict[str, Any]] = {
     "30m": {
         "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -49,18 +51,21 @@ def hash_step(rows: Iterable[Row]) -> str:
     return digest.hexdigest()[:16]
 
 
-def make(folder: Path, shape: str, precision: str, steps: int, method: str, data: str) -> None:
-    base = _make_base(folder / "base", shape)
+def make(folder: Path, shape: str, precision: str, steps: int, method: str, data: str, rank: int, length: int) -> None:
+    base = _make_base(folder / "base", shape, length)
     if method == "lora":
-        _make_adapter(folder / "base", folder / "adapter")
-    recipe = _make_recipe(folder, precision, steps, method, data)
+        _make_adapter(folder / "base", folder / "adapter", rank)
+    batch = max(1, STEP // length) if data == "blocks" else BATCH[data]
+    recipe = _make_recipe(folder, precision, steps, method, data, rank, length, batch)
     rows = _prepare(folder, recipe, steps)
     facts = {
         "shape": {**SHAPES[shape], "tied": True, "parameters": base},
         "precision": precision,
         "method": method,
         "data": data,
-        "batch": BATCH[data],
+        "batch": batch,
+        "rank": rank,
+        "max_length": length,
         "lr": LR[method],
         "weights_sha256": _sha256(folder / "base" / "model.safetensors"),
         "adapter_sha256": _sha256(folder / "adapter" / "adapter_model.safetensors") if method == "lora" else None,
@@ -78,14 +83,14 @@ def make(folder: Path, shape: str, precision: str, steps: int, method: str, data
     (folder / "work.json").write_text(json.dumps(facts))
 
 
-def _make_base(folder: Path, shape: str) -> int:
+def _make_base(folder: Path, shape: str, length: int) -> int:
     """Random weights in fp32; returns the number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0,
+        **SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=max(2048, length), bos_token_id=1,
+        eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config)
@@ -95,21 +100,23 @@ def _make_base(folder: Path, shape: str) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _make_adapter(base: Path, folder: Path) -> None:
+def _make_adapter(base: Path, folder: Path, rank: int) -> None:
     import torch
 
     from fitout.model.load import load_base
     from fitout.model.methods import LoraSettings, create
 
     model = load_base(str(base))
-    method = create(LoraSettings(rank=RANK, alpha=ALPHA, dropout=0.0, targets="all-linear"))
+    method = create(LoraSettings(rank=rank, alpha=ALPHA, dropout=0.0, targets="all-linear"))
     torch.manual_seed(SEED)
     method.apply(model)
     folder.mkdir()
     method.save(model, folder, base=str(base))
 
 
-def _make_recipe(folder: Path, precision: str, steps: int, method: str, data: str) -> Path:
+def _make_recipe(
+    folder: Path, precision: str, steps: int, method: str, data: str, rank: int, length: int, batch: int
+) -> Path:
     """Data preparation is done once, before the clock; the prepared data are found by their fingerprint."""
     import yaml
 
@@ -119,18 +126,18 @@ def _make_recipe(folder: Path, precision: str, steps: int, method: str, data: st
         "data": {
             "sources": [_source(data, folder)],
             "split": {"train": 1.0, "validation": 0.0, "test": 0.0},
-            "max_length": MAX_LENGTH,
+            "max_length": length,
         },
         "method": {"kind": "full"},
         "objective": {"kind": "pretrain" if data == "blocks" else "sft"},
         "train": {
-            "max_steps": steps, "lr": LR[method], "schedule": "constant", "warmup": 0, "batch_size": BATCH[data],
+            "max_steps": steps, "lr": LR[method], "schedule": "constant", "warmup": 0, "batch_size": batch,
             "clip": 1.0, "precision": precision, "seed": SEED, "save_every": 1_000_000, "listeners": [],
         },
     }  # fmt: skip
     if method == "lora":
         recipe["model"]["adapter"] = str(folder / "adapter")
-        recipe["method"] = {"kind": "lora", "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": "all-linear"}
+        recipe["method"] = {"kind": "lora", "rank": rank, "alpha": ALPHA, "dropout": 0.0, "targets": "all-linear"}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
@@ -200,4 +207,5 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5], sys.argv[6])
+    _, folder, shape, precision, steps, method, data, rank, length = sys.argv
+    make(Path(folder), shape, precision, int(steps), method, data, int(rank), int(length))
