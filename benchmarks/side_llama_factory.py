@@ -24,11 +24,7 @@ def main(folder: Path, out: Path, text: str) -> None:
     work = json.loads((folder / "work.json").read_text())
     per = min(int(options["per"]), work["batch"])
     _save_rows(folder, options["sort"] == "1")
-    if importlib.util.find_spec("torchaudio") is None:  # imported for sound, which is not used here
-        import peft  # noqa: F401  (it and transformers look first what there is)
-
-        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
-
+    stand_in_for_sound()
     from llamafactory.train import sft
     from llamafactory.train.tuner import run_exp
 
@@ -43,6 +39,14 @@ def main(folder: Path, out: Path, text: str) -> None:
     watch = stopwatch()
     run_exp(_arguments(folder, work, options, per), callbacks=[watch])
     write(out, watch, batches[0], work["batch"] // per)
+
+
+def stand_in_for_sound() -> None:
+    """LLaMA-Factory imports torchaudio, which is not used here and may not be there for a CPU."""
+    if importlib.util.find_spec("torchaudio") is None:
+        import peft  # noqa: F401  (it and transformers look first what there is)
+
+        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
 
 
 def _arguments(folder: Path, work: dict[str, Any], options: dict[str, str], per: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 It imports the standard library and transformers' own rendering (jinja2's immutable sandbox), nothing of Fitout. Frames
 on standard input and output: eight bytes of length, then JSON. A request is a batch; each of its conversations gets a
-frame of its own as answer, so that the other side knows which one a limit was for.
+frame of its own as answer. They are sent in bulk, or one by one where that is asked: then the other side knows which
+one a limit was for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import os
 import resource
 import signal
 import sys
+import time
 from typing import Any, BinaryIO
+
+LONGEST = 1.0  # seconds that an answer is held back, at most
 
 
 def main() -> None:
@@ -27,7 +31,9 @@ def main() -> None:
 
     _limit(megabytes)
     send(answers, {"ready": True})
+    answers.flush()
     while (request := receive(requests)) is not None:
+        sent = time.monotonic()
         for messages, tools, cuts in request["asks"]:
             signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, inside a call into C as well
             try:
@@ -40,6 +46,10 @@ def main() -> None:
                 answer = {"error": f"{error}" or type(error).__name__}
             signal.setitimer(signal.ITIMER_PROF, 0)
             send(answers, answer)
+            if request["one_by_one"] or time.monotonic() - sent > LONGEST:
+                answers.flush()
+                sent = time.monotonic()
+        answers.flush()
 
 
 def _limit(megabytes: int) -> None:
@@ -82,7 +92,6 @@ def rendered(
 def send(file: BinaryIO, value: Any) -> None:
     data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     file.write(len(data).to_bytes(8, "little") + data)
-    file.flush()
 
 
 def receive(file: BinaryIO) -> Any:

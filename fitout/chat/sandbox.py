@@ -3,9 +3,10 @@
 The rendering itself is transformers' (what every engine does with a template), inside jinja2's immutable sandbox: no
 attribute leads out of it. What a sandbox does not bound is time and memory (a loop without end, `'a' * 10**10`, powers
 of powers inside one call into C); the process does: a processor-time limit for each conversation, and a limit on its
-memory. One process serves all templates and all threads of this one, and takes batches, so a row costs a few
-microseconds more than rendering it here. It is started while torch is imported, or else when the first tokenizer is
-loaded.
+memory. One process serves all templates and all threads of this one, takes batches and answers in bulk, so a row costs
+a few microseconds more than rendering it here. Where it dies of a limit the rest of the batch is rendered again with an
+answer sent after each conversation, which tells the one that it was. It is started while torch is imported, or else
+when the first tokenizer is loaded.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Renderer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
+        self._held = bytearray()  # read and not taken yet
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -67,6 +69,7 @@ class Renderer:
                     pipe.close()  # type: ignore[union-attr]
             self._process.wait()
             self._process = None
+            self._held.clear()
 
     def render(self, template: str, variables: dict[str, Any], asks: Sequence[Ask]) -> list[list[str] | TemplateError]:
         """The strings of each conversation, in the order of its cuts, or why the template does not render it.
@@ -75,22 +78,24 @@ class Renderer:
         """
         done: list[list[str] | TemplateError] = []
         with self._lock:
-            died = False
+            died = one_by_one = False
             while len(done) < len(asks):
                 before = len(done)
                 try:
-                    self._batch(template, variables, asks[before:], done)
+                    self._batch(template, variables, asks[before:], done, one_by_one)
                 except _Died as death:
                     self.stop()
-                    if death.limit or (died and len(done) == before):
+                    if (death.limit and one_by_one) or (died and len(done) == before):
                         raise _over(death.limit or "its process died twice", len(done)) from None
-                    died = True
+                    died, one_by_one = not death.limit, True
                 except BaseException:  # interrupted between frames: what is still in the pipes belongs to nobody
                     self.stop()
                     raise
         return done
 
-    def _batch(self, template: str, variables: dict[str, Any], asks: Sequence[Ask], done: list) -> None:
+    def _batch(
+        self, template: str, variables: dict[str, Any], asks: Sequence[Ask], done: list, one_by_one: bool
+    ) -> None:
         """Sends the conversations and takes the answers as they come."""
         self.start()
         if not self._ready:
@@ -99,6 +104,7 @@ class Renderer:
         request = {
             "template": template,
             "variables": variables,
+            "one_by_one": one_by_one,
             "asks": [(list(ask.messages), list(ask.tools) or None, list(ask.cuts)) for ask in asks],
         }
         self._send(request)
@@ -127,19 +133,21 @@ class Renderer:
 
     def _read(self, size: int) -> bytes:
         assert self._process is not None and self._process.stdout is not None
-        handle, parts, left = self._process.stdout.fileno(), [], size
-        with selectors.DefaultSelector() as selector:
-            selector.register(handle, selectors.EVENT_READ)
-            while left:
-                if not selector.select(PATIENCE):
-                    self._process.send_signal(signal.SIGUSR1)  # it writes down where it stands
-                    raise _Died(f"no answer for {PATIENCE} s")
-                part = os.read(handle, min(left, 1 << 20))
-                if not part:
-                    raise self._death()
-                parts.append(part)
-                left -= len(part)
-        return b"".join(parts)
+        if len(self._held) < size:
+            handle = self._process.stdout.fileno()
+            with selectors.DefaultSelector() as selector:
+                selector.register(handle, selectors.EVENT_READ)
+                while len(self._held) < size:
+                    if not selector.select(PATIENCE):
+                        self._process.send_signal(signal.SIGUSR1)  # it writes down where it stands
+                        raise _Died(f"no answer for {PATIENCE} s")
+                    part = os.read(handle, 1 << 20)
+                    if not part:
+                        raise self._death()
+                    self._held += part
+        taken = bytes(self._held[:size])
+        del self._held[:size]
+        return taken
 
     def _death(self) -> _Died:
         assert self._process is not None

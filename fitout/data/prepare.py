@@ -15,8 +15,10 @@ import time
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -534,11 +536,9 @@ def _render_part(
     group = 0
     names = [named(label) for label in facts.tasks.labels] if facts.told else []
     with PartWriter(made.path, names) as writer:
-        for start in range(0, len(numbers), RENDER):
-            batch = [rows.sample(at) for at in numbers[start : start + RENDER]]
-            for at, sample, rendered in zip(
-                numbers[start : start + RENDER], batch, _tokens(batch, chat, wants), strict=True
-            ):
+        done = 0
+        for batch in _tokenised(numbers, rows, chat, wants):
+            for at, sample, rendered in batch:
                 if isinstance(rendered, TemplateError):
                     work.reject(stage, sample.origin, rendered.message, as_row(sample), rule="template", form="sample")
                     work.template_hint = rendered.hint
@@ -559,22 +559,45 @@ def _render_part(
                     made.unknown.append(tokens.ids.count(unknown) if unknown is not None else 0)
                     group += wants == "text"
                 group += wants != "text"
-            work.say(f"render {name}", start + len(batch))
+            done += len(batch)
+            work.say(f"render {name}", done)
     made.kept = len(made.samples)
     made.order, made.rows_of_order = list(made.samples), list(made.rows)
     made.lengths, made.supervised = np.array(writer.lengths), np.array(writer.supervised)
     return made
 
 
-def _tokens(batch: list[Sample], chat: Chat, wants: str) -> list[list[Tokens] | TemplateError]:
-    """The batch rendered at once; when the template refuses one of its conversations, one at a time."""
+def _tokenised(
+    numbers: np.ndarray, rows: Rows, chat: Chat, wants: str
+) -> Iterator[list[tuple[int, Sample, list[Tokens] | TemplateError]]]:
+    """(number, sample, its tokens) in batches. While one is encoded the template's process renders the next."""
+    chunks = [numbers[start : start + RENDER] for start in range(0, len(numbers), RENDER)]
+    with ThreadPoolExecutor(1) as beside:
+        ahead = beside.submit(_rendered, chunks[0], rows, chat, wants) if chunks else None
+        for chunk, following in zip_longest(chunks, chunks[1:]):
+            batch, strings = ahead.result()  # type: ignore[union-attr]
+            ahead = beside.submit(_rendered, following, rows, chat, wants) if following is not None else None
+            yield list(zip(map(int, chunk), batch, _tokens(batch, strings, chat), strict=True))
+
+
+def _rendered(numbers: np.ndarray, rows: Rows, chat: Chat, wants: str) -> tuple[list[Any], Any]:
+    """Samples and what the template makes of them: None for plain texts, and where it refuses one of them."""
+    batch: list[Any] = [rows.sample(at) for at in numbers]
     if wants == "text":
-        return [[tokens] for tokens in chat.text_ids([s for s in batch if isinstance(s, Text)])]
-    talks = [sample for sample in batch if isinstance(sample, Conversation)]
+        return batch, None
     try:
-        return list(chat.render_many(talks))
+        return batch, chat.strings(batch)
     except TemplateError:
-        return [_tokens_of_one(talk, chat) for talk in talks]
+        return batch, None
+
+
+def _tokens(batch: list[Any], strings: Any, chat: Chat) -> list[list[Tokens] | TemplateError]:
+    """The batch encoded at once; when the template refuses one of its conversations, one at a time."""
+    if batch and isinstance(batch[0], Text):
+        return [[tokens] for tokens in chat.text_ids(batch)]
+    if strings is None:
+        return [_tokens_of_one(talk, chat) for talk in batch]
+    return list(chat.encode(batch, strings))
 
 
 def _tokens_of_one(talk: Conversation, chat: Chat) -> list[Tokens] | TemplateError:

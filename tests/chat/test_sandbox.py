@@ -239,14 +239,39 @@ def test_a_process_that_dies_every_time_is_not_started_for_ever(renderer, monkey
         render(renderer, "x")
 
 
-def test_a_process_that_does_not_answer_is_given_up(renderer, monkeypatch):
+def test_a_process_that_does_not_answer_is_replaced_and_then_given_up(renderer, monkeypatch, tmp_path):
     render(renderer, "x")
     monkeypatch.setattr(sandbox, "PATIENCE", 1)
     os.kill(renderer._process.pid, signal.SIGSTOP)
-    with pytest.raises(TemplateLimitError, match="no answer for 1 s"):
-        render(renderer, "x")
+    with monkeypatch.context() as patch:
+        program = tmp_path / "worker.py"
+        program.write_text("import time; time.sleep(60)")
+        patch.setattr(sandbox, "WORKER", program)
+        with pytest.raises(TemplateLimitError, match="no answer for 1 s"):
+            render(renderer, "x")
     monkeypatch.setattr(sandbox, "PATIENCE", 60)
+    render(renderer, "x")
+    os.kill(renderer._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(sandbox, "PATIENCE", 3)
     assert render(renderer, "x") == "x"
+
+
+def test_answers_come_in_bulk_and_not_later_than_a_second(renderer, monkeypatch):
+    """A limit names its own conversation although what was answered before it was held back."""
+    text = "{% if messages[0].content == '70' %}{{ 'a' * 10 ** 10 }}{% endif %}{{ messages[0].content }}"
+    asks = [Ask([{"role": "user", "content": str(n)}], (), [(1, True)]) for n in range(100)]
+    with pytest.raises(TemplateLimitError) as error:
+        renderer.render(text, {}, asks)
+    assert error.value.place == 70
+    slow = "{% for a in range(1000) %}{% for b in range(300) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    render(renderer, slow)  # a new process starts
+    began = time.monotonic()
+    renderer.render(slow, {}, asks[:20])
+    count = int(20 * 4 / (time.monotonic() - began)) + 1
+    monkeypatch.setattr(sandbox, "PATIENCE", 2.5)  # the whole batch takes some four
+    asks = [Ask([{"role": "user", "content": str(n)}], (), [(1, True)]) for n in range(count)]
+    process = renderer._process
+    assert renderer.render(slow, {}, asks) == [[str(n)] for n in range(count)] and renderer._process is process
 
 
 def test_the_process_ends_with_this_one(renderer):
