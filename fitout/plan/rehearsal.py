@@ -124,15 +124,15 @@ class Rehearsal:
         self.tried.add(kind)
         trials = [self._trial(kind, setup, samples, depth) for depth in depths]
         first, last = trials[0], trials[-1]
-        head = self.shape.vocab / self._vocabulary()
 
         def whole(what: str, layers: int) -> np.ndarray:
             one, other = getattr(first, what), getattr(last, what)
             apart = layers_apart(first, last, what)
             each = np.maximum(0, (other - one) / apart) if apart else np.zeros_like(one)
-            return head * (one - each * layers_of(first, what)) + each * layers
+            return one + each * (layers - layers_of(first, what))
 
-        seconds = whole("forward", self.shape.layers) + whole("backward", cost.layers)
+        head = (first.head + last.head) / 2 * self.shape.vocab / self._vocabulary()
+        seconds = whole("forward", self.shape.layers) + head + whole("backward", cost.layers)
         loads = np.array([load(self.shape, cost, one) for one in samples])
         fixed, each = _line(loads, seconds)
         return Tempo(fixed, each, float(whole("update", cost.layers)))
@@ -195,10 +195,15 @@ class Rehearsal:
             return time.perf_counter()
 
         rounds: list[list[float]] = []
+        decoded: list[float] = []  # when the decoder began and ended, of each forward
+        decoder = model.get_decoder()
+        decoder.register_forward_pre_hook(lambda *_: decoded.append(now()))
+        decoder.register_forward_hook(lambda *_: decoded.append(now()))
         with fused(model):
             method.begin(model, gradients)
             began = now()
             while len(rounds) < ROUNDS and now() - began < SECONDS:
+                decoded.clear()
                 marks = [now()]
                 for layout in layouts:
                     loss = forward(layout)
@@ -209,10 +214,13 @@ class Rehearsal:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 marks.append(now())
-                rounds.append([float(x) for x in np.diff(marks)])
-        *steps, update = (median(column) for column in zip(*rounds[1:] or rounds, strict=True))
+                rounds.append([*np.diff(decoded)[::2], *np.diff(marks)])
+        every = [median(column) for column in zip(*rounds[1:] or rounds, strict=True)]
+        count = len(layouts)
+        layers, (*steps, update) = np.array(every[:count]), every[count:]
         back = settings.cost(replace(self.shape, layers=depth)).layers
-        return Trial(depth, back, np.array(steps[0::2]), np.array(steps[1::2]), np.array(update))
+        forwards, backwards = np.array(steps[0::2]), np.array(steps[1::2])
+        return Trial(depth, back, layers, forwards - layers, backwards, np.array(update))
 
     def _layout(self, one: MicroBatch) -> Layout:
         assert one.layout is not None
@@ -243,12 +251,14 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds of one small model: forward and backward of each sample, and the update. `back` is how many of its layers
-    the backward goes through."""
+    """Seconds of one small model: the decoder's forward, the rest of the forward (head, loss, copies) and the backward
+    of each sample, and the update. `back` is how many of its layers the backward goes through. The head is apart, so
+    that what its time happens to vary by is not taken for layers and multiplied."""
 
     depth: int
     back: int
     forward: np.ndarray
+    head: np.ndarray
     backward: np.ndarray
     update: np.ndarray
 
