@@ -9,16 +9,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .chart import curves, speeds
 from .crash import told
 
 HERE = Path(__file__).parent
-README, METHODS = HERE / "README.md", HERE.parent / "docs" / "methods.md"
+README, DOCS = HERE / "README.md", HERE.parent / "docs"
+METHODS, SPEED = DOCS / "methods.md", DOCS / "speed.md"
 REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py and planner.py
 CRASH, FAULTS, POWER, FLIPS = "crash.json", "disk-faults.json", "disk-power.json", "disk-flips.json"
 NAMES = {
     "fitout": "Fitout", "trl default": "TRL, default", "trl best": "TRL, best effort",
     "trainer best": "transformers Trainer, best effort", "llama-factory default": "LLaMA-Factory, default",
     "llama-factory best": "LLaMA-Factory, best effort",
+}  # fmt: skip
+PREPARED = {
+    "fitout plain": "Fitout, what the others do too", "fitout": "Fitout, with cleaning, duplicates, split, report",
+    "trl": "TRL", "llama-factory": "LLaMA-Factory", "tokenizer": "the tokenizer alone",
 }  # fmt: skip
 DATA = {
     "alpaca": "Alpaca rows", "gsm8k": "GSM8K rows", "blocks": "full blocks of 1,024",
@@ -32,10 +38,14 @@ def main() -> None:
     lost = {name: results.pop(name) for name in (CRASH, FAULTS, POWER, FLIPS) if name in results}
     compared = [results.pop(name) for name in [*results] if name.startswith("compare-")]  # as `fitout compare` wrote it
     full = [result for result in results.values() if not result["quick"]]
-    _put("table", [_section(result) for result in full if "kind" not in result])
+    trained = [result for result in full if "kind" not in result]
+    _put("table", [_drawn("speed", speeds(_bars(trained))), *(_section(result) for result in trained)])
+    _put("scaling", [part for result in full if result.get("kind") == "scaling" for part in _scaling(result)])
+    _put("preparing", [_preparing(result) for result in full if result.get("kind") == "preparing"])
     _put("real input", [_real_input(real)] if real else [])
     _put("survival", [_survival(lost)] if lost else [])
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
+    _put("memory", [_memory(result) for result in full if result.get("kind") == "memory"], SPEED)
     _put("compare", [_compared(result) for result in compared], METHODS)
 
 
@@ -86,6 +96,105 @@ def _other(versions: dict[str, str] | None) -> str:
     if not versions:
         return ""
     return " LLaMA-Factory's: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
+
+
+def _drawn(name: str, picture: str) -> str:
+    """A picture in a file beside the JSON, and the line that shows it."""
+    (HERE / "results" / f"{name}.svg").write_text(picture)
+    return f"![{name}](results/{name}.svg)"
+
+
+def _bars(results: list[dict[str, Any]]) -> list[tuple[str, str, list[float]]]:
+    """(work, peer, ratios of the rounds) of every side that trained the same."""
+    key = "supervised_tokens_per_second"
+    bars = []
+    for result in results:
+        size = result["work"]["shape"]["parameters"] / 1e6
+        processor = result["machine"]["processor"].split("(")[0].strip()
+        work = f"{size:.0f} M, {result['method']}, {DATA[result['data']]}, {result['precision']} ({processor})"
+        for side in NAMES:
+            if side in result["parity"] and result["parity"][side]["same_training"]:
+                bars.append((work, NAMES[side], [r["fitout"][key] / r[side][key] for r in result["rounds"]]))
+    return bars
+
+
+def _scaling(result: dict[str, Any]) -> list[str]:
+    """A picture and a table: by block length and by rank, Fitout and transformers' Trainer."""
+    machine, peer = result["machine"], "trainer best"
+    panels: list[tuple[str, str, dict[str, list[tuple[float, float]]]]] = []
+    rows = []
+    for what, points in result["curves"].items():
+        unit = {"length": "tokens a block", "rank": "rank"}[what]
+        for key, title in (("tokens_per_second", "tokens a second"), ("peak_memory_mb", "peak memory, MB")):
+            panels.append((title, unit, {
+                name: [(point[what], median(run[side][key] for run in point["rounds"])) for point in points]
+                for name, side in (("Fitout", "fitout"), ("Trainer", peer))
+            }))  # fmt: skip
+        for point in points:
+            if not point["parity"]["same_training"]:
+                rows.append(f"| {unit} {point[what]:,} | different training | | | |")
+                continue
+            speed, memory = (
+                [[run[side][key] for run in point["rounds"]] for side in ("fitout", peer)]
+                for key in ("tokens_per_second", "peak_memory_mb")
+            )
+            ratios = [a / b for a, b in zip(*speed, strict=True)]
+            rows.append(
+                f"| {unit} {point[what]:,} | {median(speed[0]):,.0f} | {median(speed[1]):,.0f} "
+                f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+                f"| {median(memory[0]):,.0f} | {median(memory[1]):,.0f} |"
+            )
+    head = (
+        f"{result['shape']}, lora, {result['precision']}, {machine['processor']}, {machine['cores']} cores, "
+        f"torch {machine['torch']}; {machine['when']}. {len(points[0]['rounds'])} rounds of {result['steps']} steps."
+    )
+    columns = "| | Fitout, tok/s | Trainer, tok/s | Fitout is, times | Fitout, MB | Trainer, MB |"
+    return [head, _drawn("scaling", curves(panels)), _lines(columns, rows)]
+
+
+def _preparing(result: dict[str, Any]) -> str:
+    machine, rows = result["machine"], []
+    for count, runs in result["points"].items():
+        bare = median(run["seconds"] for run in runs["tokenizer"]) if "tokenizer" in runs else None
+        for side, name in PREPARED.items():
+            if side not in runs:
+                continue
+            whole, work, cpu, memory = (
+                median(run[key] for run in runs[side]) for key in ("process_s", "seconds", "cpu_s", "peak_memory_mb")
+            )
+            share = f"{100 * bare / work:.0f} %" if bare and side.startswith("fitout") else ""
+            seconds = [f"{value:,.1f} s" for value in (whole, work, cpu)]
+            cells = [f"{int(count):,}", name, *seconds, f"{memory:,.0f} MB", share]
+            rows.append(f"| {' | '.join(cells)} |")
+    columns = "| rows | | process, start to end | preparation | processor time | peak memory | tokenizer's share |"
+    head = (
+        f"{machine['processor']}, {machine['cores']} cores, trl {machine['trl']}, transformers "
+        f"{machine['transformers']}; {machine['when']}."
+    )
+    return head + "\n\n" + _lines(columns, rows)
+
+
+def _memory(result: dict[str, Any]) -> str:
+    machine, heads, key = result["machine"], result["head"], "tokens_per_second"
+    kept = [run[key] for run in result["recompute"]["0.0"]]
+    rows = []
+    for share, runs in result["recompute"].items():
+        ratios = [run[key] / own for run, own in zip(runs, kept, strict=True)]
+        rows.append(
+            f"| {100 * float(share):.0f} % | {median(run['peak_memory_mb'] for run in runs):,.0f} MB "
+            f"| {median(run[key] for run in runs):,.0f} "
+            f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        )
+    head = "\n".join(
+        f"- {name}: {heads[way]['memory_mb']:,} MB, {heads[way]['seconds']:.1f} s, loss {heads[way]['loss']:.2f}"
+        for way, name in (("whole", "all logits at once"), ("chunks", "in chunks"))
+    )
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}.\n\n"
+        "A Gemma 2 head (soft-capped, 256,000 tokens, 64 wide) on 1,500 supervised rows, forward and backward:\n\n"
+        f"{head}\n\nLoRA on 30 M parameters, micro-batches of 4,096 tokens, by the share of layers recomputed:\n\n"
+        + _lines("| layers recomputed | peak memory | tok/s | of the speed without |", rows)
+    )
 
 
 def _planner(result: dict[str, Any]) -> str:
