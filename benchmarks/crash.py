@@ -5,7 +5,7 @@
 Each side trains the same small LoRA run: the embedded model, the same rows, dropout on. First undisturbed, for the
 truth and for how long it takes; then again and again with up to KILLS kills in a row, each of a process started by the
 same command, and a last start that is left alone. A kill falls at a moment drawn evenly over the whole time of an
-undisturbed run (start, data, training, saves, evaluation, end), or, every other one, into a save: as soon as files of a
+undisturbed run (start, data, training, saves, evaluation, end), or, half of them, into a save: as soon as files of a
 checkpoint that is being written are seen, plus up to SAVE_DELAY seconds. A trial is one kill. It went on when the next
 start of the same command did not end with an error, and is bit-equal when the run's adapter in the end has the bytes
 of an undisturbed run; after a start that fails there is no end to compare, and the next chain begins.
@@ -152,8 +152,10 @@ def chains(side: Side, work: Path, mine: dict[str, Any], wanted: int) -> Iterato
         run = fresh(work / f"{side.name}-killed")
         kills: list[dict[str, Any]] = []
         problem = ""
-        for number in range(min(KILLS, wanted - len(mine["trials"]))):
-            kill = kill_once(side, run, mine["seconds"], draw, in_save=number % 2 == 1)
+        for _ in range(min(KILLS, wanted - len(mine["trials"]))):
+            before = [*mine["trials"], *kills]
+            few = 2 * sum(trial["in_save"] for trial in before) < len(before)
+            kill = kill_once(side, run, mine["seconds"], draw, in_save=few)
             if isinstance(kill, str):  # it ended before the moment came
                 problem = kill
                 break

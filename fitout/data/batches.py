@@ -13,7 +13,7 @@ whether samples are packed at all.
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from threading import RLock
 
@@ -112,6 +112,22 @@ class Batches:
         """(n,) the rows that step `step` (from 0, over all epochs) trains."""
         epoch, within = self.epoch_of(step)
         return self._epoch(epoch)[within]
+
+    def tasks(self, step: int) -> dict[str, int]:
+        """Tokens of each task in a step, {} where the data have no tasks."""
+        if not self.part.tasks:
+            return {}
+        rows = self.rows(step)
+        tokens = np.bincount(self._task_of[rows], self.part.lengths[rows], len(self.part.tasks))
+        return {name: int(count) for name, count in zip(self.part.tasks, tokens, strict=True) if count}
+
+    @cached_property
+    def _task_of(self) -> np.ndarray:
+        """(rows,) the place of each row's task in `part.tasks`; every row has one where there are any."""
+        of = np.empty(len(self.part), np.int64)
+        for place, rows in enumerate(self.part.tasks.values()):
+            of[rows] = place
+        return of
 
     def layouts(self, step: int, *, budget: int, rank: int = 0, ranks: int = 1) -> list[Layout]:
         """This rank's micro-batches of a step: as many on every rank, some perhaps empty."""

@@ -241,6 +241,7 @@ class _Run:
             supervised_tokens=result.supervised,
             tokens_per_second=round(result.tokens / seconds, 1),
             memory_mb=memory_mb(self.backend.device),
+            **({"tasks": tasks} if (tasks := self.job.batches.tasks(index)) else {}),
         )
         if profile and (report := profile.take()):
             self._tell("profiled", **report)

@@ -149,6 +149,24 @@ def test_task_weights_and_caps(tmp_path, chat):
     assert len(prepared.part("train")) == sum(one["rows"] for one in seen.values())
 
 
+def test_what_a_step_trains_is_told_by_task(tmp_path, chat):
+    rows = [{"instruction": f"say {n}", "output": "it is " * n, "task": task} for n in range(1, 16) for task in "abc"]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for column, expected in (("task", {"a", "b", "c"}), ("nothing", set())):
+        folder = tmp_path / column
+        _, prepared, _ = made(folder, chat, [{"path": path}], tasks={"field": column},
+                              split={"train": 1, "validation": 0, "test": 0})  # fmt: skip
+        part = prepared.part("train")
+        batches, told = Batches(part, batch_size=7), Counter()
+        for step in range(batches.steps_in(1)):
+            found = batches.tasks(step)
+            assert sum(found.values()) == (part.lengths[batches.rows(step)].sum() if expected else 0)
+            told.update(found)
+        assert set(told) == expected
+        for name, of_task in part.tasks.items() if expected else ():
+            assert told[name] == sum(len(part.ids(row)) for row in of_task)
+
+
 # shares
 
 
