@@ -12,16 +12,19 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
 from typing import Any
+
+from .work import BATCH, SHAPES, STEP
 
 WARMUP = 3
 RANK, LENGTH = 16, 1024
@@ -39,7 +42,7 @@ def main() -> None:
     asked = _arguments()
     with tempfile.TemporaryDirectory(prefix="fitout-benchmark-") as name:
         folder = Path(name)
-        child("work", folder, asked.shape, asked.precision, asked.steps, asked.method, asked.data, RANK, LENGTH)
+        child("work", folder, asked.shape, asked.precision, asked.steps, asked.method, asked.data, RANK, asked.length)
         work = json.loads((folder / "work.json").read_text())
         tuning, best = {}, asked.best
         if asked.tune:
@@ -47,7 +50,7 @@ def main() -> None:
         sides = {"fitout": None, "trl default": "", "trl best": best, "trainer best": f"{best},trainer=plain,free=0"}
         if asked.llama_factory:
             sides |= {LLAMA_FACTORY[0]: "", LLAMA_FACTORY[1]: f"{best},free=0"}
-        if asked.sides:
+        if asked.sides is not None:
             sides = {name: sides[name] for name in ("fitout", *asked.sides)}
         pythons = dict.fromkeys(LLAMA_FACTORY, asked.llama_factory)
         rounds = [round_of(folder, work, sides, asked.warmup, number, pythons) for number in range(asked.rounds)]
@@ -64,9 +67,10 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=("30m", "135m"), default="30m")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="30m")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
-    parser.add_argument("--data", choices=("alpaca", "gsm8k", "blocks", "shared", "pairs"), default="alpaca")
+    parser.add_argument("--data", choices=(*BATCH, *STEP), default="alpaca")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sample at most, of a block")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
@@ -74,7 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--best", default="per=4,recompute=0,sort=1", help="TRL's best setting, where it is known")
     parser.add_argument("--tune", action="store_true", help="find TRL's best setting first, by trying the candidates")
     parser.add_argument(
-        "--sides", nargs="+", help="peers to run, of: 'trl default', 'trl best', 'trainer best' and, with "
+        "--sides", nargs="*", help="peers to run, of: 'trl default', 'trl best', 'trainer best' and, with "
         "--llama-factory, 'llama-factory default', 'llama-factory best'; else all"
     )  # fmt: skip
     parser.add_argument("--llama-factory", metavar="PYTHON", help="the Python of an environment that has LLaMA-Factory")
@@ -175,9 +179,25 @@ def machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **({"gpu": _gpu()} if _gpu() else {}),
+        **{name: _version(name) for name in packages},
         "when": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str:
+    """The name of the first card; asked of the driver, as this process imports no library."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip()
 
 
 def _versions_of(python: str | None) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from .work import peak_mb
 
 
 class Stopwatch:
@@ -25,7 +26,7 @@ class Stopwatch:
         if "event" not in row:
             self.ends.append(time.time())
             self.losses.append(row["loss"])
-            self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            self.peaks.append(peak_mb())
 
     def close(self) -> None: ...
 

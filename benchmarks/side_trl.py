@@ -5,6 +5,7 @@ per=8     examples a device batch; gradient accumulation makes a step of them
 recompute=1   activation checkpointing (TRL's default)
 sort=0    examples of a step sorted by length (the step's set stays the same), so that less is padding
 free=0    padding_free: a device batch flattened into one row
+liger=0   Liger kernels (a GPU, and their package)
 base=fp32     dtype of the frozen weights; bf16 runs compute under autocast either way
 """
 
@@ -12,15 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from .work import ALPHA, SEED, hash_step
+from .work import ALPHA, SEED, hash_step, peak_mb
 
-DEFAULT = {"trainer": "trl", "per": "8", "recompute": "1", "sort": "0", "free": "0", "base": "fp32"}
+DEFAULT = {"trainer": "trl", "per": "8", "recompute": "1", "sort": "0", "free": "0", "liger": "0", "base": "fp32"}
 
 
 def main(folder: Path, out: Path, text: str) -> None:
@@ -34,8 +34,8 @@ def main(folder: Path, out: Path, text: str) -> None:
 
 
 def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict[str, Any]]]:
+    import torch
     from datasets import Dataset
-    from peft import LoraConfig
 
     work = json.loads((folder / "work.json").read_text())
     steps = read_steps(folder, sort=options["sort"] == "1")
@@ -44,7 +44,7 @@ def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict
     per = int(options["per"])
     common = {
         "output_dir": str(folder / "peer"),
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": work["precision"] == "bf16",
         "per_device_train_batch_size": per,
         "gradient_accumulation_steps": work["batch"] // per,
@@ -59,17 +59,24 @@ def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
+        "use_liger_kernel": options["liger"] == "1",
     }
     watch = stopwatch()
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=work["rank"], lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear"
-    )
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[options["base"]]
     make = _plain if options["trainer"] == "plain" else _trl
-    trainer = make(folder, common, options, data, lora if work["method"] == "lora" else None, dtype, watch)
+    lora = _lora(work["rank"]) if work["method"] == "lora" else None
+    trainer = make(folder, common, options, data, lora, dtype, watch)
     if work["method"] == "lora":
         _take_our_adapter(trainer.model, folder / "adapter")
     return trainer, watch, record_batches(trainer)
+
+
+def _lora(rank: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear"
+    )  # fmt: skip
 
 
 def read_steps(folder: Path, *, sort: bool) -> list[list[dict[str, list[int]]]]:
@@ -90,7 +97,7 @@ def stopwatch() -> Any:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.ends.append(time.time())
-            self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            self.peaks.append(peak_mb())
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "loss" in logs:
@@ -133,7 +140,6 @@ def _trl(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype: s
 def _plain(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype: str, watch: Any) -> Any:
     """What one writes without TRL: labels by hand, padded to the longest of the device batch."""
     import torch
-    from peft import get_peft_model
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -149,6 +155,8 @@ def _plain(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype:
 
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype))
     if lora is not None:
+        from peft import get_peft_model
+
         model = get_peft_model(model, lora)
         if options["recompute"] == "1":
             model.enable_input_require_grads()

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import resource
 import shutil
 import sys
 from collections.abc import Iterable
@@ -24,11 +26,12 @@ from typing import Any
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TOKENIZER = SHARED / "tokenizers" / "minimind"
+SHELL = Path(__file__).parents[1] / "fitout" / "demo" / "shell"  # its tokenizer, where `shared` is not there
 ALPHA, SEED = 32, 0
 LR = {"lora": 2e-4, "full": 2e-5}
 PROMPT, ANSWER, ANSWERS = 384, 128, 8  # tokens, tokens, answers to one prompt: the rows of `shared`
-BATCH = {"alpaca": 16, "gsm8k": 16, "shared": 8, "pairs": 16}  # examples a step
-STEP = 4096  # tokens a step of `blocks`, at least one block
+BATCH = {"alpaca": 16, "gsm8k": 16, "shared": 8, "pairs": 16, "lengths": 64}  # examples a step
+STEP = {"blocks": 4096, "words": 65_536}  # tokens a step, at least one block
 SHAPES: dict[str, dict[str, Any]] = {
     "30m": {
         "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -38,7 +41,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152,
     },
+    # the shapes of Qwen2.5-0.5B and 1.5B and of Llama-3.1-8B, for a GPU; `tiny` shows that the same commands run
+    "0.5b": {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 151936,
+    },
+    "1.5b": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151936,
+    },
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 8192,
+    },
 }  # fmt: skip
+IN_BF16 = ("0.5b", "1.5b", "8b")  # saved so: what is trained is a model as it comes
 
 Row = tuple[tuple[int, ...], tuple[bool, ...]]  # ids, and for each whether it is trained
 
@@ -55,11 +76,11 @@ def make(folder: Path, shape: str, precision: str, steps: int, method: str, data
     base = _make_base(folder / "base", shape, length)
     if method == "lora":
         _make_adapter(folder / "base", folder / "adapter", rank)
-    batch = max(1, STEP // length) if data == "blocks" else BATCH[data]
+    batch = max(1, STEP[data] // length) if data in STEP else BATCH[data]
     recipe = _make_recipe(folder, precision, steps, method, data, rank, length, batch)
     rows = _prepare(folder, recipe, steps)
     facts = {
-        "shape": {**SHAPES[shape], "tied": True, "parameters": base},
+        "shape": {**SHAPES[shape], "parameters": base},
         "precision": precision,
         "method": method,
         "data": data,
@@ -84,18 +105,23 @@ def make(folder: Path, shape: str, precision: str, steps: int, method: str, data
 
 
 def _make_base(folder: Path, shape: str, length: int) -> int:
-    """Random weights in fp32; returns the number of parameters."""
+    """Random weights; returns the number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=max(2048, length), bos_token_id=1,
+        **{"tie_word_embeddings": True, **SHAPES[shape]}, max_position_embeddings=max(2048, length), bos_token_id=1,
         eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(config)
+    if shape in IN_BF16:
+        torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() and shape in IN_BF16 else "cpu"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
-    for file in TOKENIZER.glob("*.json"):
+    tokenizer = TOKENIZER if TOKENIZER.exists() else SHELL
+    for file in [*tokenizer.glob("token*.json"), *tokenizer.glob("*.jinja")]:
         shutil.copy(file, folder)
     return sum(p.numel() for p in model.parameters())
 
@@ -129,7 +155,7 @@ def _make_recipe(
             "max_length": length,
         },
         "method": {"kind": "full"},
-        "objective": {"kind": "pretrain" if data == "blocks" else "sft"},
+        "objective": {"kind": "pretrain" if data in STEP else "sft"},
         "train": {
             "max_steps": steps, "lr": LR[method], "schedule": "constant", "warmup": 0, "batch_size": batch,
             "clip": 1.0, "precision": precision, "seed": SEED, "save_every": 1_000_000, "listeners": [],
@@ -153,10 +179,41 @@ def _source(data: str, folder: Path) -> dict[str, Any]:
         return {"path": path, "format": "prompt_completion", "columns": columns, "limit": 1000}
     if data == "blocks":
         return {"path": str(SHARED / "text" / "Cbronte_Jane_1847.txt"), "format": "text"}
-    rows = _pairs() if data == "pairs" else _shared_prompts(folder / "base")
+    if data == "words":
+        (folder / "words.txt").write_text(" ".join(_words(2_000_000)))
+        return {"path": str(folder / "words.txt"), "format": "text"}
+    made = {"lengths": _alpaca_lengths, "pairs": _pairs, "shared": lambda: _shared_prompts(folder / "base")}
+    rows = made[data]()
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
     return {"path": str(path), "format": "prompt_completion"}
+
+
+def _words(count: int) -> list[str]:
+    """Words that nobody needs to have: for where `shared` is not."""
+    rng = random.Random(SEED)
+    known = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
+    return rng.choices(known, k=count)
+
+
+def _alpaca_lengths(count: int = 4000) -> Iterable[tuple[str, str]]:
+    """Prompts and answers whose lengths spread about as those of Alpaca-form rows do: log-normal, 120 words in the
+    middle, 500 at most, a third of them asked."""
+    rng, words = random.Random(SEED), _words(50_000)
+    for _ in range(count):
+        size = min(500, max(12, round(rng.lognormvariate(4.6, 0.7))))
+        at = rng.randrange(len(words) - size)
+        cut = at + max(4, size // 3)
+        yield " ".join(words[at:cut]), " ".join(words[cut : at + size])
+
+
+def peak_mb() -> float:
+    """This process's peak so far: what was allocated on a GPU, else what was resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _pairs() -> Iterable[tuple[str, str]]:

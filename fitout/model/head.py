@@ -141,8 +141,9 @@ def _tried(model: Any, head: Any) -> str:
     if weight is None or weight.ndim != 2 or head in (model, model.get_decoder()):
         return WHOLE
     noise = torch.Generator().manual_seed(0)
-    small = nn.Linear(weight.shape[1], TRIED, bias=head.bias is not None, device="meta").to_empty(device="cpu")
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    biased = getattr(head, "bias", None) is not None
+    small = nn.Linear(weight.shape[1], TRIED, bias=biased, device="meta").to_empty(device="cpu")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         for parameter in small.parameters():
             parameter.normal_(generator=noise)
         rows = torch.randn(3, weight.shape[1], generator=noise)
