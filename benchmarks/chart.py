@@ -37,20 +37,22 @@ def speeds(bars: Sequence[tuple[str, str, list[float]]]) -> str:
 
 
 def curves(panels: Sequence[tuple[str, str, dict[str, Series]]]) -> str:
-    """Panels side by side, each (title, unit of x, series by name): values over a logarithmic x, from zero up."""
-    width, height, left, top = 330, 190, 62, 34
+    """Panels, two in a row, each (title, unit of x, series by name): values over a logarithmic x, from zero up."""
+    width, height, left, tall = 330, 190, 62, 272
     parts: list[str] = []
     for number, (title, unit, series) in enumerate(panels):
-        at = number * (width + left + 28)
+        at, top = (number % 2) * (width + left + 28), 34 + number // 2 * tall
         xs = [x for points in series.values() for x, _ in points]
         low, high = math.log(min(xs)), math.log(max(xs))
         most = max(y for points in series.values() for _, y in points) * 1.08
 
-        def place(x: float, y: float, at: int = at, low: float = low, high: float = high, most: float = most):
+        def place(
+            x: float, y: float, at: int = at, top: int = top, low: float = low, high: float = high, most: float = most
+        ):
             across = (math.log(x) - low) / (high - low)
             return at + left + width * across, top + height * (1 - y / most)
 
-        parts.append(_text(at + left, 18, title, weight="600"))
+        parts.append(_text(at + left, top - 16, title, weight="600"))
         for share in (0, 0.5, 1):
             y = place(math.exp(low), most * share)[1]
             parts.append(_line(at + left, y, at + left + width, y, THEIRS))
@@ -62,9 +64,11 @@ def curves(panels: Sequence[tuple[str, str, dict[str, Series]]]) -> str:
             colour = OURS if name.startswith("Fitout") else SOFT
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-            end = place(*points[0])
-            parts.append(_text(end[0] + 6, end[1] - 8, name, colour=colour))
-    return _svg(len(panels) * (width + left + 28), top + height + 48, parts, "How speed and memory change")
+        names = [_text(at + left + width - 60 * n, top - 16, name, anchor="end", colour=OURS if n else SOFT)
+                 for n, name in enumerate(reversed(series))]  # fmt: skip
+        parts += names
+    rows = -(-len(panels) // 2)
+    return _svg(2 * (width + left + 28), rows * tall + 12, parts, "How speed and memory change")
 
 
 def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:

@@ -52,9 +52,10 @@ def _compared(settings: dict[str, Any], card: Any) -> list[dict[str, Any]]:
             import bitsandbytes  # noqa: F401
         except ImportError:
             return []
-    truth = _gradients(settings, torch.device("cpu"), torch.float32)
     rows = []
     for dtype, limit in ((torch.float32, FP32), (torch.bfloat16, BF16)):
+        rounded = dtype if settings["kind"] == "qlora" else torch.float32  # 4 bits of rounded weights are other weights
+        truth = _gradients(settings, torch.device("cpu"), rounded)
         loss, gradients = _gradients(settings, card, dtype)
         worst = 0.0
         for name, want in truth[1].items():
