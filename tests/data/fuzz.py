@@ -172,7 +172,7 @@ def went(path: Path) -> str:
     source, cleaner = SourceSettings(path=path.name), Cleaner(CleanSettings(), ("<|im_end|>",))
     said: Counter[str] = Counter()
     try:
-        plug = choose(probe(source, path.parent))
+        plug = choose(probe(source, path.parent), where=path.name)
         for row in read(source, path.parent):
             if not isinstance(row, RawRow):
                 assert row.reason and row.origin.line >= 0

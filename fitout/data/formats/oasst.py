@@ -103,10 +103,12 @@ def wrong(turns: Turns) -> str:
         return "a message without text, or whose replies are no list"
     if not all(isinstance(reply, dict) for reply in last.get("replies", [])):
         return "a reply that is no message"
+    if not isinstance(last.get("role"), str) or last["role"] not in ROLES:
+        return "a message whose role is neither prompter nor assistant"
     if last.get("deleted") is True or last.get("review_result") is False:
         return "a message that was deleted or did not pass review"
     try:
-        check_order([Message(ROLES.get(str(one.get("role")), "system"), one["text"]) for one in turns])
+        check_order([Message(said_by(one), one["text"]) for one in turns])
     except RowError as error:
         return error.reason
     return ""

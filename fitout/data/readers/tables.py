@@ -138,7 +138,7 @@ def parquet_rows(file: TextFile) -> Rows:
                     f"the columns {', '.join(twice)} appear twice", where=file.name, hint="Rename one of them."
                 )
             number, decoded = 0, 0
-            for batch in parquet.iter_batches(batch_size=rows_at_a_time(parquet.metadata)):
+            for batch in _batches(parquet):
                 decoded += batch.nbytes
                 if decoded > max(EXPANDED_FREE, EXPANDED_TIMES * size):
                     raise DataError(
@@ -162,22 +162,33 @@ def parquet_rows(file: TextFile) -> Rows:
             ) from error
 
 
-def rows_at_a_time(metadata: Any) -> int:
+def _batches(parquet: Any) -> Iterator[Any]:
+    """The record batches of a file, a row group at a time.
+
+    A damaged description of a column ends the process where it is asked for (pyarrow 26 lets a C++ exception go), and
+    is an error where the column is read: so a row of each group is read before it is asked about.
+    """
+    for group in range(parquet.metadata.num_row_groups):
+        how: dict[str, Any] = {"row_groups": [group], "use_threads": False}
+        if next(parquet.iter_batches(batch_size=1, **how), None) is not None:
+            yield from parquet.iter_batches(batch_size=rows_at_a_time(parquet.metadata.row_group(group)), **how)
+
+
+def rows_at_a_time(group: Any) -> int:
     """BATCH, or fewer where a dictionary could make many large values of one.
 
     A value in a dictionary page is repeated by a few bits a row, so that no figure of the file bounds a batch except
     the size of that page: packed at least, and where a column packs a hundred times, nothing is known of it.
     """
     at_once = BATCH
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
-            if unpacked > 1 << 20 and unpacked > 100 * packed:
-                return 1
-            if chunk.has_dictionary_page:
-                page = chunk.data_page_offset - chunk.dictionary_page_offset
-                at_once = max(1, min(at_once, DECODED // max(1, page)))
+    for column in range(group.num_columns):
+        chunk = group.column(column)
+        packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+        if unpacked > 1 << 20 and unpacked > 100 * packed:
+            return 1
+        if chunk.has_dictionary_page:
+            page = chunk.data_page_offset - chunk.dictionary_page_offset
+            at_once = max(1, min(at_once, DECODED // max(1, page)))
     return at_once
 
 
