@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from fitout.chat.types import Conversation, Message, Origin
 from fitout.data import BalanceSettings, DataSettings, SourceSettings, TaskSettings
 from fitout.data.balance import cap_classes, distribute, give_shares, length_classes
+from fitout.data.batches import Batches
 from fitout.data.positions import measured, moved, place_of
 from fitout.data.prepare import kept_samples, prepare
 from fitout.data.taxonomy import NONE, Classifier, Tasks, parsed
@@ -150,7 +151,7 @@ def test_task_weights_and_caps(tmp_path, chat):
 
 
 def test_what_a_step_trains_is_told_by_task(tmp_path, chat):
-    rows = [{"instruction": f"say {n}", "output": "it is " * n, "task": task} for n in range(1, 16) for task in "abc"]
+    rows = [{"instruction": f"say {t} {n}", "output": "it is " * n, "task": t} for n in range(1, 16) for t in "abc"]
     path = write(tmp_path / "rows.jsonl", rows)
     for column, expected in (("task", {"a", "b", "c"}), ("nothing", set())):
         folder = tmp_path / column
