@@ -256,7 +256,8 @@ def guided(arguments: list[str]) -> None:
             print(f"kept: {keep(ending, data[1:])}")
             raise
 
-    atheris.Setup([sys.argv[0], *arguments, str(corpus)], one)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    atheris.Setup([sys.argv[0], f"-artifact_prefix={KEPT}/", *arguments, str(corpus)], one)
     atheris.Fuzz()
 
 

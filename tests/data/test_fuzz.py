@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import pytest
+
 from fitout.data.formats import Refused, choose, convert
+from fitout.data.readers import in_archive
 from fitout.data.sources import named, read
+from fitout.errors import DataError
 
 from .conftest import write
 from .fuzz import run
@@ -57,3 +63,29 @@ def test_a_message_without_a_known_role_is_refused(tmp_path: Path):
         [row] = read(named(str(path)), tmp_path)
         [refused] = convert(choose([row.row]), row)
         assert isinstance(refused, Refused) and "neither prompter nor assistant" in refused.reason
+
+
+def archive(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        for name in names:
+            made.writestr(name, '{"prompt": "q", "completion": "a"}\n')
+    return file.getvalue()
+
+
+def test_a_member_without_a_name_is_passed_over(tmp_path):
+    path = tmp_path / "rows.zip"
+    path.write_bytes(archive("rows.jsonl", "none").replace(b"none", b"\0one"))  # a name ends at a NUL
+    found = in_archive(path, path.name)
+    assert [info.filename for info in found.members] == ["rows.jsonl"]
+    assert [why for _, why in found.skipped] == ["a file without a name"]
+    assert len(list(read(named(path.name), tmp_path))) == 1
+
+
+def test_a_damaged_name_before_a_member_is_a_damaged_archive(tmp_path):
+    """The name stands twice in an archive; the one before the data is not UTF-8."""
+    path = tmp_path / "rows.zip"
+    whole = archive("r\u00e9.jsonl")
+    path.write_bytes(whole.replace("r\u00e9".encode(), b"r\xc3\xff", 1))
+    with pytest.raises(DataError, match="damaged or cut short"):
+        list(read(named(path.name), tmp_path))

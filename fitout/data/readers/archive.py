@@ -48,8 +48,8 @@ def contents(archive: zipfile.ZipFile, path: Path, name: str, known: frozenset[s
     """
     found = Contents()
     for info in sorted(archive.infolist(), key=lambda info: info.filename):
-        if info.is_dir():
-            continue
+        if info.filename.endswith("/"):
+            continue  # a folder; the library's own `is_dir` fails on a name that is empty
         reason = reason_to_skip(info, known)
         if reason:
             found.skipped.append((shown(name, info), reason))
@@ -74,6 +74,8 @@ def contents(archive: zipfile.ZipFile, path: Path, name: str, known: frozenset[s
 
 def reason_to_skip(info: zipfile.ZipInfo, known: frozenset[str]) -> str:
     path = PurePosixPath(info.filename.replace("\\", "/"))
+    if not info.filename:
+        return "a file without a name"
     if path.is_absolute() or ".." in path.parts or ":" in info.filename:
         return "a name that leads out of the archive"
     if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):

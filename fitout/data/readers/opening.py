@@ -61,12 +61,19 @@ class TextFile:
                 unpacked = False
             else:
                 packed = self.member.info.compress_size
-                file = stack.enter_context(self.member.archive.open(self.member.info))
+                file = stack.enter_context(self._unpacked(self.member))
                 unpacked = True
             if file.peek(2)[:2] == b"\x1f\x8b":
                 file = stack.enter_context(gzip.GzipFile(fileobj=file))
                 unpacked = True
             yield io.BufferedReader(_Measured(file, packed)) if unpacked else file
+
+    @staticmethod
+    def _unpacked(member: Member) -> Any:
+        try:
+            return member.archive.open(member.info)
+        except (UnicodeError, ValueError, RuntimeError, NotImplementedError) as error:  # of a damaged description
+            raise zipfile.BadZipFile(str(error)) from error
 
     def at(self, line: int, part: int = 0) -> Origin:
         return Origin(self.name, line, part)
