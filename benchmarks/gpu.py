@@ -70,8 +70,8 @@ def _command(name: str, out: Path, rehearse: bool) -> list[str]:
     liger = ",liger=1" if find_spec("liger_kernel") and not rehearse else ""
     return [
         *python, "benchmarks.against_trl", "--shape", "tiny" if rehearse else shape, "--method", method, "--data", data,
-        "--length", str(length), "--precision", "bf16", *steps, "--best", best + liger, "--out", str(out),
-        "--sides", *sides,
+        "--length", str(length), "--precision", "fp32" if rehearse else "bf16", *steps,
+        "--best", best + liger, "--out", str(out), "--sides", *sides,
     ]  # fmt: skip
 
 

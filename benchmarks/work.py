@@ -30,8 +30,9 @@ SHELL = Path(__file__).parents[1] / "fitout" / "demo" / "shell"  # its tokenizer
 ALPHA, SEED = 32, 0
 LR = {"lora": 2e-4, "full": 2e-5}
 PROMPT, ANSWER, ANSWERS = 384, 128, 8  # tokens, tokens, answers to one prompt: the rows of `shared`
-BATCH = {"alpaca": 16, "gsm8k": 16, "shared": 8, "pairs": 16, "lengths": 64}  # examples a step
-STEP = {"blocks": 4096, "words": 65_536}  # tokens a step, at least one block
+BATCH = {"alpaca": 16, "gsm8k": 16, "shared": 8, "pairs": 16, "lengths": 64, "words": 16}  # examples a step
+STEP = {"blocks": 4096}  # tokens a step, at least one block
+TEXTS = ("blocks", "words")
 SHAPES: dict[str, dict[str, Any]] = {
     "30m": {
         "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -155,7 +156,7 @@ def _make_recipe(
             "max_length": length,
         },
         "method": {"kind": "full"},
-        "objective": {"kind": "pretrain" if data in STEP else "sft"},
+        "objective": {"kind": "pretrain" if data in TEXTS else "sft"},
         "train": {
             "max_steps": steps, "lr": LR[method], "schedule": "constant", "warmup": 0, "batch_size": batch,
             "clip": 1.0, "precision": precision, "seed": SEED, "save_every": 1_000_000, "listeners": [],
