@@ -52,7 +52,8 @@ def recompute_activations(model: Any, share: float = 1.0) -> float:
     if not layers:
         return 1.0  # an older form, which knows all or nothing
     gradients = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
-    lowest = 0 if model.get_input_embeddings().weight.requires_grad else gradients.index(True)
+    embedding = model.get_input_embeddings().weight.requires_grad
+    lowest = 0 if embedding else next((at for at, own in enumerate(gradients) if own), len(layers))
     last = lowest + math.ceil(share * (len(layers) - lowest))
     for layer in layers[last:]:
         layer.gradient_checkpointing = False

@@ -147,6 +147,13 @@ def test_recomputing_goes_from_the_lowest_layer_up_and_asks_for_no_more_gradient
     assert asked == [False, not isinstance(settings, FullSettings)]
 
 
+def test_nothing_is_recomputed_where_no_layer_is_trained():
+    """A head alone: the backward pass ends before the layers."""
+    model = tiny_llama()
+    methods.create(LoraSettings(rank=4, targets=["lm_head"])).apply(model)
+    assert recompute_activations(model) == 0
+
+
 class Spoiled:
     """An objective whose loss is not finite for some layouts."""
 
