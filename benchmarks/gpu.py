@@ -29,7 +29,6 @@ PARTS = {
         for data in DATA
     },
 }
-TARGETS = {"0.5b": 110_000, "1.5b": 55_000, "8b": 14_500}  # tokens a second, LoRA on one H200
 
 
 def main() -> int:

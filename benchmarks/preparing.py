@@ -20,14 +20,13 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from .against_trl import machine
+from .against_trl import child, machine
 from .work import SHARED, TOKENIZER
 
 PEERS_UP_TO = 100_000  # rows; beyond, only ours
@@ -90,14 +89,8 @@ def _make(folder: Path, count: int) -> None:
 
 def _measure(folder: Path, side: str, python: str) -> dict[str, Any]:
     out = folder / "result.json"
-    command = [python, "-m", "benchmarks.preparing", "side", side, str(folder), str(out)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1"}
     began = time.time()
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=environment
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}")
+    child("preparing", "side", side, folder, out, python=python)
     return {**json.loads(out.read_text()), "process_s": round(time.time() - began, 2)}
 
 
@@ -105,6 +98,7 @@ def _measure(folder: Path, side: str, python: str) -> dict[str, Any]:
 
 
 def _side(side: str, folder: Path, out: Path) -> None:
+    os.environ.update(HF_HUB_OFFLINE="1", DISABLE_VERSION_CHECK="1")
     work = {"trl": _trl, "llama-factory": _llama_factory, "tokenizer": _tokenizer}.get(side)
     told = work(folder) if work else _fitout(folder, plain=side == "fitout plain")
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

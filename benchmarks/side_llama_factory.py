@@ -7,22 +7,18 @@ The rows come in by `tokenized_path` and the initial adapter by `adapter_name_or
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
-from .side_trl import DEFAULT, read_steps, record_batches, stopwatch, write
-from .work import SEED
+from .side_trl import asked, read_steps, record_batches, stopwatch, training, write
 
 
 def main(folder: Path, out: Path, text: str) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DISABLE_VERSION_CHECK="1")
-    options = {**DEFAULT, **dict(pair.split("=") for pair in text.split(",") if pair)}
-    work = json.loads((folder / "work.json").read_text())
-    per = min(int(options["per"]), work["batch"])
+    work, options = asked(folder, text)
     _save_rows(folder, options["sort"] == "1")
     stand_in_for_sound()
     from llamafactory.train import sft
@@ -37,8 +33,8 @@ def main(folder: Path, out: Path, text: str) -> None:
 
     sft.workflow.CustomSeq2SeqTrainer = Recorded
     watch = stopwatch()
-    run_exp(_arguments(folder, work, options, per), callbacks=[watch])
-    write(out, watch, batches[0], work["batch"] // per)
+    run_exp(_arguments(folder, work, options), callbacks=[watch])
+    write(out, watch, batches[0], work["batch"] // int(options["per"]))
 
 
 def stand_in_for_sound() -> None:
@@ -49,9 +45,10 @@ def stand_in_for_sound() -> None:
         sys.modules["torchaudio"] = types.ModuleType("torchaudio")
 
 
-def _arguments(folder: Path, work: dict[str, Any], options: dict[str, str], per: int) -> dict[str, Any]:
+def _arguments(folder: Path, work: dict[str, Any], options: dict[str, str]) -> dict[str, Any]:
     lora = {"finetuning_type": "lora", "lora_target": "all", "adapter_name_or_path": str(folder / "adapter")}
     return {
+        **training(folder, work, options),
         "stage": "sft",
         "do_train": True,
         "model_name_or_path": str(folder / "base"),
@@ -59,24 +56,10 @@ def _arguments(folder: Path, work: dict[str, Any], options: dict[str, str], per:
         "dataset": "rows",  # asked for, and not looked at beside `tokenized_path`
         "tokenized_path": str(folder / "tokenized"),
         "cutoff_len": work["max_length"],
-        "output_dir": str(folder / "peer"),
         "overwrite_output_dir": True,
         **(lora if work["method"] == "lora" else {"finetuning_type": "full"}),
-        "bf16": work["precision"] == "bf16",
-        "per_device_train_batch_size": per,
-        "gradient_accumulation_steps": work["batch"] // per,
         "disable_gradient_checkpointing": options["recompute"] == "0",
         "disable_shuffling": True,
-        "max_steps": len(work["steps"]),
-        "learning_rate": work["lr"],
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "seed": SEED,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
     }
 
 

@@ -25,40 +25,53 @@ DEFAULT = {"trainer": "trl", "per": "8", "recompute": "1", "sort": "0", "free": 
 
 def main(folder: Path, out: Path, text: str) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    options = {**DEFAULT, **dict(pair.split("=") for pair in text.split(",") if pair)}
-    batch = json.loads((folder / "work.json").read_text())["batch"]
-    options["per"] = str(min(int(options["per"]), batch))
-    trainer, watch, batches = _trainer(folder, options)
+    work, options = asked(folder, text)
+    trainer, watch, batches = _trainer(folder, work, options)
     trainer.train()
-    write(out, watch, batches, batch // int(options["per"]))
+    write(out, watch, batches, work["batch"] // int(options["per"]))
 
 
-def _trainer(folder: Path, options: dict[str, str]) -> tuple[Any, Any, list[dict[str, Any]]]:
-    import torch
-    from datasets import Dataset
-
+def asked(folder: Path, text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The work, and the options with their defaults."""
     work = json.loads((folder / "work.json").read_text())
-    steps = read_steps(folder, sort=options["sort"] == "1")
-    rows = [row for step in steps for row in step]
-    data = Dataset.from_dict({"input_ids": [r["ids"] for r in rows], "completion_mask": [r["mask"] for r in rows]})
+    options = {**DEFAULT, **dict(pair.split("=") for pair in text.split(",") if pair)}
+    options["per"] = str(min(int(options["per"]), work["batch"]))
+    return work, options
+
+
+def training(folder: Path, work: dict[str, Any], options: dict[str, str]) -> dict[str, Any]:
+    """What transformers' TrainingArguments are told, whichever program they are of."""
     per = int(options["per"])
-    common = {
+    return {
         "output_dir": str(folder / "peer"),
-        "use_cpu": not torch.cuda.is_available(),
         "bf16": work["precision"] == "bf16",
         "per_device_train_batch_size": per,
         "gradient_accumulation_steps": work["batch"] // per,
-        "gradient_checkpointing": options["recompute"] == "1",
-        "max_steps": len(steps),
-        "train_sampling_strategy": "sequential",
+        "max_steps": len(work["steps"]),
         "learning_rate": work["lr"],
         "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": SEED,
         "save_strategy": "no",
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
+    }
+
+
+def _trainer(folder: Path, work: dict[str, Any], options: dict[str, str]) -> tuple[Any, Any, list[dict[str, Any]]]:
+    import torch
+    from datasets import Dataset
+
+    steps = read_steps(folder, sort=options["sort"] == "1")
+    rows = [row for step in steps for row in step]
+    data = Dataset.from_dict({"input_ids": [r["ids"] for r in rows], "completion_mask": [r["mask"] for r in rows]})
+    common = {
+        **training(folder, work, options),
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": options["recompute"] == "1",
+        "train_sampling_strategy": "sequential",
         "use_liger_kernel": options["liger"] == "1",
     }
     watch = stopwatch()

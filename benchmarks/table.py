@@ -83,7 +83,7 @@ def _section(result: dict[str, Any]) -> str:
         f"### {work['shape']['parameters'] / 1e6:.1f} M parameters, {result['method']}, "
         f"{DATA[result['data']]}, {result['precision']}\n\n"
         f"{len(rounds)} rounds of {result['steps']} steps ({result['warmup']} of them warm-up), "
-        f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, trl {machine['trl']}, peft {machine['peft']}; {machine['when']}.\n"
         f"The peers' best: `{result['trl_best']}`.{_other(result.get('llama_factory'))}\n\n"
         "| | supervised tok/s | all tok/s | Fitout is | peak memory | Fitout takes "
@@ -111,7 +111,8 @@ def _bars(results: list[dict[str, Any]]) -> list[tuple[str, str, list[float]]]:
     bars = []
     for result in results:
         size = result["work"]["shape"]["parameters"] / 1e6
-        processor = result["machine"]["processor"].split("(")[0].strip()
+        machine = result["machine"]
+        processor = (machine.get("gpu") or machine["processor"]).split("(")[0].strip()
         work = f"{size:.0f} M, {result['method']}, {DATA[result['data']]}, {result['precision']} ({processor})"
         for side in NAMES:
             if side in result["parity"] and result["parity"][side]["same_training"]:

@@ -129,10 +129,12 @@ class Part:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """(rows,) tokens of each row."""
-        return np.diff(self._offsets)
+        lengths = np.diff(self._offsets)
+        lengths.flags.writeable = False
+        return lengths
 
     @cached_property
     def tasks(self) -> dict[str, np.ndarray]:
