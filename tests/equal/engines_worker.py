@@ -69,11 +69,12 @@ def whole(tensors) -> dict[str, torch.Tensor]:
 
 
 def job(folder: Path, kind: str, **settings):
-    """Twelve steps; rank 0's start is what counts."""
+    """Twelve steps; rank 0's start is what counts. With weight decay, so that norms are a group of their own."""
     model, method = adapted(KINDS[kind], seed=5 + RANK)
     part = random_part(folder / f"data-{RANK}", 26)
     validation = random_part(folder / f"data-{RANK}", 6, seed=9, name="validation")
-    settings = {"keep": "best", "save_every": 4, "micro_batch_tokens": 64, "evaluate_every": 6, **settings}
+    settings = {"keep": "best", "save_every": 4, "micro_batch_tokens": 64, "evaluate_every": 6, "weight_decay": 0.1,
+                **settings}  # fmt: skip
     return job_of(folder, model, part, total=TOTAL, lr=3e-3, method=method, validation=validation, **settings)
 
 

@@ -19,7 +19,7 @@ from .engines_worker import FIRST, SECOND, TOTAL, gradients, part_of_a_run, whol
 from .small import CPU, environment, losses
 
 HERE = ("ddp:full", "ddp:lora", "fsdp:full", "fsdp:lora", "fsdp:patterns", "fsdp:dora", "fsdp:adapter")
-DEEPSPEED = ("zero1:full", "zero2:lora", "zero3:lora")
+DEEPSPEED = ("zero1:full", "zero1:sparse kept", "zero2:lora", "zero3:lora")
 
 
 def two_ranks(folder: Path, pairs) -> None:

@@ -55,7 +55,9 @@ class Divided(Backend):
         return self.engaged(layout if layout.supervised else FILLER, total)
 
     def sum_gradients(self, parameters: Any) -> None:
-        """Done by the engine, during the backward."""
+        """Done by the engine, during the backward; before it is engaged by the ranks themselves."""
+        if self.engaged is None:
+            super().sum_gradients(parameters)
 
     def same_everywhere(self, tensors: Any) -> None:
         """Done by `engage`, from the main rank."""

@@ -93,10 +93,14 @@ class Zero(Divided):
         return config
 
     def compute(self) -> AbstractContextManager:
-        """Nothing: DeepSpeed has an autocast of its own, which knows what dtype to bring parameters together in."""
-        return nullcontext()
+        """Nothing: DeepSpeed has an autocast of its own, which knows what dtype to bring parameters together in. Before
+        it is engaged, for a method that begins with gradients, torch's."""
+        return super().compute() if self.engaged is None else nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        if self.engaged is None:
+            super().backward(loss)
+            return
         self.engaged.set_gradient_accumulation_boundary(last)
         self.engaged.backward(loss * self.ranks, scale_wrt_gas=False)  # it takes the mean over ranks, we the sum
 
@@ -123,6 +127,9 @@ class Zero(Divided):
         states = [optimizer.state[flat] for flat in self._flat() if optimizer.state.get(flat)]
         if not states:
             return {}
+        if self.stage < 3:  # DeepSpeed links once, after its first group's first update: the others have no state yet
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
         def pending(parameter: Any, key: str) -> Pending:
             return Pending(
