@@ -74,6 +74,12 @@ def _of_adapter(folder: Path) -> Resolved:
     """An adapter's model: the base that it names, which may not be an adapter again."""
     config = read_json(folder / "adapter_config.json")
     name = config.get("base_model_name_or_path")
+    if not isinstance(name, str | None):
+        raise ModelError(
+            f"the adapter's base_model_name_or_path is {name!r}, which is no name",
+            where=str(folder / "adapter_config.json"),
+            hint="Let it name the model: a folder, or a hub id (owner/name).",
+        )
     if not name or _only_adapts(Path(name)):
         raise ModelError(
             f"the adapter's base is itself an adapter ({name})" if name else "the adapter does not name its base",
@@ -203,7 +209,7 @@ def load_base(
             output_loading_info=True,
             **(extra or {}),
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _cannot_load(base, error) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -228,7 +234,7 @@ def load_config(base: str, *, revision: str | None = None, trust_remote_code: bo
     _check_folder(base)
     try:
         return AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _cannot_load(base, error) from error
 
 

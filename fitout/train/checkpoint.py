@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import CheckError
@@ -36,10 +37,22 @@ class Checkpoint:
     state: dict[str, Any]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / WEIGHTS)
+        return self._tensors(WEIGHTS)
 
     def optimizer(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / OPTIMIZER)
+        return self._tensors(OPTIMIZER)
+
+    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Of a file whose hash is that of the manifest; Fitout never wrote one that raises here."""
+        try:
+            return load_file(self.folder / name)
+        except SafetensorError as error:
+            raise CheckError(
+                f"{name} of this checkpoint is no safetensors file: {error}",
+                where=str(self.folder),
+                harm="Its manifest agrees with it, so it was made so by something else than Fitout.",
+                hint="Remove the folder: the run goes on from the checkpoint before it.",
+            ) from error
 
 
 class Checkpoints:
