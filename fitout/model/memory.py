@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory() -> int:
+    """Bytes that a process could still take without swapping: the kernel's estimate, or less where a control group
+    says so."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        available = min(available, int(most) - int(used.read_text()))
+    return available
 
 
 def recompute_activations(model: Any, share: float = 1.0) -> float:

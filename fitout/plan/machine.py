@@ -124,15 +124,11 @@ def here() -> Machine:
 
 
 def free_memory() -> int:
-    """Bytes that a process could still take without swapping: the kernel's estimate, or less where a control group
-    says so; and what this process holds already, since a plan counts that as framework."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    used = Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        available = min(available, int(most) - int(used.read_text()))
-    return available + resident()
+    """Bytes that a process could still take without swapping, and what this process holds already, since a plan counts
+    that as framework."""
+    from ..model.memory import available_memory
+
+    return available_memory() + resident()
 
 
 def resident() -> int:

@@ -151,6 +151,12 @@ class Backend:
 
     # what a checkpoint holds
 
+    @property
+    def saves_aside(self) -> bool:
+        """Whether checkpoints are written while the training goes on. On a GPU a full fine-tuning's state takes longer
+        to write than hundreds of steps; on a CPU less than one step, and the writing takes from the same cores."""
+        return self.device.type == "cuda"
+
     def weights(self, parameters: dict[str, nn.Parameter]) -> Mapping[str, Tensor | Pending]:
         """The trained parameters, whole."""
         return parameters

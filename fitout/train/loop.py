@@ -28,6 +28,7 @@ from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, Interrupted, StopRequest
 from .listeners import Listener
 from .optim import learning_rate, make_optimizer
+from .saver import Saver
 from .step import StepResult, mean_loss, train_step
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bo
             run.begin(resume)
             while run.at.step < job.total_steps and not run.at.stopped_early:
                 run.step()
+                run.saver.look()
                 if run.evaluation_due():
                     run.evaluate()
                 if run.save_due():
@@ -99,6 +101,7 @@ def fit(job: Job, backend: Backend, listeners: Sequence[Listener], *, resume: bo
             run.leave()
         finally:
             run.ahead.close()
+            run.saver.close()
             if job.profile:
                 job.profile.close()
             for listener in run.listening:
@@ -118,6 +121,10 @@ class _Run:
         self.finite = FiniteGuard(job.settings.on_nonfinite)
         self.at = Progress(budget=_first_budget(job.settings, backend))
         self.ahead = Ahead(self._make_layouts, job.total_steps)
+        self.saver = Saver(
+            self.checkpoints, job.settings.keep_last, aside=backend.saves_aside,
+            tell=lambda step, name, stood: self._log(event="saved", step=step, path=name, seconds=round(stood, 3)),
+        )  # fmt: skip
         self.saved_step = -1
         self.recomputing = 0.0  # share of the layers that the backward pass goes through and computes again
         self.recomputed = 0.0  # the same as a share of all layers
@@ -365,6 +372,7 @@ class _Run:
     def _give_up_on_numbers(self, index: int, culprits: list[str]) -> None:
         """Ends the run before a step whose numbers are not finite, with a checkpoint of what was before it."""
         self.save()
+        self.saver.wait()
         in_a_row = self.finite.in_a_row
         raise FitoutError(
             f"{in_a_row} steps in a row had no finite gradients (the last at step {index + 1})"
@@ -472,20 +480,15 @@ class _Run:
     def _write(self) -> None:
         weights, moments = self._weights(), self.backend.moments(self.optimizer, self.parameters)
         if self.backend.main:
-            self.checkpoints.save(
-                self.at.step,
-                weights,
-                moments,
-                {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()},
-            )
-            self._tell("saved", path=str(self.checkpoints.path(self.at.step).name))
-            self.checkpoints.prune(self.job.settings.keep_last, self.at.best_step)
+            state = {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()}
+            self.saver.save(self.at.step, weights, moments, state, self.at.best_step)
         self.backend.bring_together(weights, moments)
         self.backend.barrier()
 
     def finish(self) -> None:
         """The last checkpoint, then the weights the run ends with."""
         self.save()
+        self.saver.wait()
         self.backend.disengage(self.job.model, self.parameters, frozen_too=not self.job.method.frozen_base)
         self.parameters = trainable(self.job.model)
         best, whole = self.at.best_step, self.backend.main or not self.backend.spreads
@@ -512,6 +515,7 @@ class _Run:
 
     def leave(self) -> None:
         self.save()
+        self.saver.wait()
         raise Stopped(
             f"stopped by {self.stop.name or 'another rank'} after step {self.at.step} of {self.job.total_steps}; "
             "a checkpoint is saved",
