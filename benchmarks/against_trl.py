@@ -1,4 +1,5 @@
-"""Fitout, TRL's SFTTrainer, transformers' Trainer and, where it is installed, LLaMA-Factory in turn on the same work.
+"""Fitout, TRL's SFTTrainer, transformers' Trainer and, where they are installed, LLaMA-Factory and torchtune in turn on
+the same work.
 
     python -m benchmarks.against_trl --out benchmarks/results/NAME.json
 
@@ -34,7 +35,10 @@ CANDIDATES = (  # our best effort for TRL: without recomputation, and these ways
     "per=2,recompute=0,sort=1", "per=4,recompute=0,sort=1", "per=8,recompute=0,sort=1", "per=16,recompute=0",
     "per=4,recompute=0,sort=1,free=1",
 )  # fmt: skip
-LLAMA_FACTORY = ("llama-factory default", "llama-factory best")
+ELSEWHERE = {  # what has an environment of its own: its module here, its default's options, the packages to name
+    "llama-factory": ("side_llama_factory", "", ("llamafactory", "torch", "transformers", "peft")),
+    "torchtune": ("side_torchtune", "per=2", ("torchtune", "torch", "torchao")),
+}
 BF16_BASE = "base=bf16"  # under autocast: spares the cast of every frozen weight in every forward
 
 
@@ -48,16 +52,18 @@ def main() -> None:
         if asked.tune:
             tuning, best = _tune(folder, work, asked)
         sides = {"fitout": None, "trl default": "", "trl best": best, "trainer best": f"{best},trainer=plain,free=0"}
-        if asked.llama_factory:
-            sides |= {LLAMA_FACTORY[0]: "", LLAMA_FACTORY[1]: f"{best},free=0"}
+        pythons = {"llama-factory": asked.llama_factory, "torchtune": asked.torchtune}
+        for peer, (_, default, _) in ELSEWHERE.items():
+            if pythons[peer]:
+                sides |= {f"{peer} default": default, f"{peer} best": f"{best},free=0"}
         if asked.sides is not None:
             sides = {name: sides[name] for name in ("fitout", *asked.sides)}
-        pythons = dict.fromkeys(LLAMA_FACTORY, asked.llama_factory)
         rounds = [round_of(folder, work, sides, asked.warmup, number, pythons) for number in range(asked.rounds)]
     result = {
         "shape": asked.shape, "method": asked.method, "data": asked.data, "precision": asked.precision,
         "steps": asked.steps, "warmup": asked.warmup, "quick": asked.quick, "work": work, "trl_best": best,
-        "tuning": tuning, "machine": machine(), "llama_factory": _versions_of(asked.llama_factory), "rounds": rounds,
+        "tuning": tuning, "machine": machine(), "rounds": rounds,
+        "elsewhere": {peer: _versions_of(python, ELSEWHERE[peer][2]) for peer, python in pythons.items() if python},
         "parity": {side: parity(rounds, side, work) for side in sides if side != "fitout"},
     }  # fmt: skip
     asked.out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +84,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--best", default="per=4,recompute=0,sort=1", help="TRL's best setting, where it is known")
     parser.add_argument("--tune", action="store_true", help="find TRL's best setting first, by trying the candidates")
     parser.add_argument(
-        "--sides", nargs="*", help="peers to run, of: 'trl default', 'trl best', 'trainer best' and, with "
-        "--llama-factory, 'llama-factory default', 'llama-factory best'; else all"
+        "--sides", nargs="*", help="peers to run, of: 'trl default', 'trl best', 'trainer best' and, where the Python "
+        "is given, 'llama-factory default', 'llama-factory best', 'torchtune default', 'torchtune best'; else all"
     )  # fmt: skip
     parser.add_argument("--llama-factory", metavar="PYTHON", help="the Python of an environment that has LLaMA-Factory")
+    parser.add_argument("--torchtune", metavar="PYTHON", help="the Python of an environment that has torchtune")
     parser.add_argument("--quick", action="store_true", help="3 steps, 1 round: does it run and agree")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
@@ -100,11 +107,11 @@ def round_of(
     sides: dict[str, str | None],
     warmup: int,
     number: int,
-    pythons: Mapping[str, str] = MappingProxyType({}),
+    pythons: Mapping[str, str | None] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Each side once; the order is turned around every other round."""
     order = list(sides) if number % 2 == 0 else list(sides)[::-1]
-    return {side: measure(folder, work, side, sides[side], warmup, pythons.get(side)) for side in order}
+    return {side: measure(folder, work, side, sides[side], warmup, pythons.get(_peer(side))) for side in order}
 
 
 def measure(
@@ -117,7 +124,8 @@ def measure(
     if options is None:
         child("side_fitout", folder, out)
     else:
-        child("side_llama_factory" if side in LLAMA_FACTORY else "side_trl", folder, out, options, python=python)
+        module = ELSEWHERE[_peer(side)][0] if _peer(side) in ELSEWHERE else "side_trl"
+        child(module, folder, out, options, python=python)
     raw = json.loads(out.read_text())
     seconds = [b - a for a, b in zip(raw["ends"], raw["ends"][1:], strict=False)]
     steps = list(zip(work["steps"][1:], seconds, strict=False))[max(0, warmup - 1) :]
@@ -140,6 +148,10 @@ def measure(
         flush=True,
     )
     return result
+
+
+def _peer(side: str) -> str:
+    return side.rpartition(" ")[0]
 
 
 def _tune(folder: Path, work: dict[str, Any], asked: argparse.Namespace) -> tuple[dict[str, float], str]:
@@ -200,14 +212,12 @@ def _gpu() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip()
 
 
-def _versions_of(python: str | None) -> dict[str, str]:
+def _versions_of(python: str, packages: tuple[str, ...]) -> dict[str, str]:
     """What the other environment has."""
-    if not python:
-        return {}
-    packages = ("llamafactory", "torch", "transformers", "peft")
-    code = f"from importlib.metadata import version; print([version(name) for name in {packages}])"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    return dict(zip(packages, json.loads(done.stdout.replace("'", '"')), strict=True))
+    code = (
+        f"import json; from importlib.metadata import version; print(json.dumps({{p: version(p) for p in {packages}}}))"
+    )
+    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def _lines(path: str) -> list[str]:

@@ -20,7 +20,8 @@ CRASH, FAULTS, POWER, FLIPS = "crash.json", "disk-faults.json", "disk-power.json
 NAMES = {
     "fitout": "Fitout", "trl default": "TRL, default", "trl best": "TRL, best effort",
     "trainer best": "transformers Trainer, best effort", "llama-factory default": "LLaMA-Factory, default",
-    "llama-factory best": "LLaMA-Factory, best effort",
+    "llama-factory best": "LLaMA-Factory, best effort", "torchtune default": "torchtune, default",
+    "torchtune best": "torchtune, best effort",
 }  # fmt: skip
 PREPARED = {
     "fitout plain": "Fitout, what the others do too", "fitout": "Fitout, with cleaning, duplicates, split, report",
@@ -85,18 +86,19 @@ def _section(result: dict[str, Any]) -> str:
         f"{len(rounds)} rounds of {result['steps']} steps ({result['warmup']} of them warm-up), "
         f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, trl {machine['trl']}, peft {machine['peft']}; {machine['when']}.\n"
-        f"The peers' best: `{result['trl_best']}`.{_other(result.get('llama_factory'))}\n\n"
+        f"The peers' best: `{result['trl_best']}`.{_others(result.get('elsewhere', {}))}\n\n"
         "| | supervised tok/s | all tok/s | Fitout is | peak memory | Fitout takes "
         "| start to first step | Fitout takes | largest loss gap |\n|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([head, *(_row(result, side) for side in NAMES if side in rounds[0])])
 
 
-def _other(versions: dict[str, str] | None) -> str:
-    """The other environment's packages."""
-    if not versions:
-        return ""
-    return " LLaMA-Factory's: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
+def _others(elsewhere: dict[str, dict[str, str]]) -> str:
+    """The packages of the other environments."""
+    return "".join(
+        f" The environment of {peer}: {', '.join(f'{name} {number}' for name, number in versions.items())}."
+        for peer, versions in elsewhere.items()
+    )
 
 
 def _drawn(name: str, picture: str) -> str:
