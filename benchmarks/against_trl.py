@@ -39,6 +39,7 @@ ELSEWHERE = {  # what has an environment of its own: its module here, its defaul
     "llama-factory": ("side_llama_factory", "", ("llamafactory", "torch", "transformers", "peft")),
     "torchtune": ("side_torchtune", "per=2", ("torchtune", "torch", "torchao")),
 }
+SPEED = ("flops_per_second", "matmul_peak")  # of a whole training, as Fitout tells them
 BF16_BASE = "base=bf16"  # under autocast: spares the cast of every frozen weight in every forward
 
 
@@ -139,6 +140,7 @@ def measure(
         "computed_tokens": raw["computed"],
         "same_rows": raw["hashes"] == [s["hash"] for s in work["steps"]],
         "load_before": round(os.getloadavg()[0], 2),
+        **{key: raw[key] for key in SPEED if key in raw},
     }
     print(
         f"{side:12} {result['supervised_tokens_per_second']:9,.1f} supervised tokens/s",

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .against_trl import SPEED
 from .work import peak_mb
 
 
@@ -39,13 +40,14 @@ def main(folder: Path, out: Path) -> None:
     shutil.copytree(folder / "prepared", run)
     layouts = _record_layouts()
     recipe = config.load(folder / "recipe.yaml")
-    verbs.train(recipe, out=run, resume=True, screen=verbs.Screen(listeners=lambda: [watch]))
+    trained = verbs.train(recipe, out=run, resume=True, screen=verbs.Screen(listeners=lambda: [watch]))
+    told = trained.read_status()["training"]
     shutil.rmtree(run)
     audit = [_hash(step) for step in layouts]
     computed = [sum(layout.tokens for layout in step) for step in layouts]
     out.write_text(
         json.dumps({"ends": watch.ends, "losses": watch.losses, "peaks": watch.peaks, "hashes": audit,
-                    "computed": computed})
+                    "computed": computed, **{key: told[key] for key in SPEED if key in told}})
     )  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from .crash import told
 
 HERE = Path(__file__).parent
 README, DOCS = HERE / "README.md", HERE.parent / "docs"
-METHODS, SPEED = DOCS / "methods.md", DOCS / "speed.md"
+METHODS, SPEED, RELIABILITY = DOCS / "methods.md", DOCS / "speed.md", DOCS / "reliability.md"
 REAL = "real-input.json"  # written by real_input.py; the others by against_trl.py and planner.py
 CRASH, FAULTS, POWER, FLIPS = "crash.json", "disk-faults.json", "disk-power.json", "disk-flips.json"
+LONG, LAUNCHERS = "long.json", "launchers.json"
 NAMES = {
     "fitout": "Fitout", "trl default": "TRL, default", "trl best": "TRL, best effort",
     "trainer best": "transformers Trainer, best effort", "llama-factory default": "LLaMA-Factory, default",
@@ -37,7 +38,7 @@ DATA = {
 def main() -> None:
     results = {path.name: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     real = results.pop(REAL, None)
-    lost = {name: results.pop(name) for name in (CRASH, FAULTS, POWER, FLIPS) if name in results}
+    lost = {name: results.pop(name) for name in (CRASH, FAULTS, POWER, FLIPS, LONG, LAUNCHERS) if name in results}
     compared = [results.pop(name) for name in [*results] if name.startswith("compare-")]  # as `fitout compare` wrote it
     full = [result for result in results.values() if not result["quick"]]
     trained = [result for result in full if "kind" not in result]
@@ -45,7 +46,7 @@ def main() -> None:
     _put("scaling", [part for result in full if result.get("kind") == "scaling" for part in _scaling(result)])
     _put("preparing", [_preparing(result) for result in full if result.get("kind") == "preparing"])
     _put("real input", [_real_input(real)] if real else [])
-    _put("survival", [_survival(lost)] if lost else [])
+    _put("survival", [_survival(lost)] if lost else [], RELIABILITY)
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
     _put("memory", [_memory(result) for result in full if result.get("kind") == "memory"], SPEED)
     _put("compare", [_compared(result) for result in compared], METHODS)
@@ -86,7 +87,7 @@ def _section(result: dict[str, Any]) -> str:
         f"{len(rounds)} rounds of {result['steps']} steps ({result['warmup']} of them warm-up), "
         f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, trl {machine['trl']}, peft {machine['peft']}; {machine['when']}.\n"
-        f"The peers' best: `{result['trl_best']}`.{_others(result.get('elsewhere', {}))}\n\n"
+        f"The peers' best: `{result['trl_best']}`.{_others(result.get('elsewhere', {}))}{_of_peak(rounds)}\n\n"
         "| | supervised tok/s | all tok/s | Fitout is | peak memory | Fitout takes "
         "| start to first step | Fitout takes | largest loss gap |\n|---|---|---|---|---|---|---|---|---|"
     )
@@ -99,6 +100,16 @@ def _others(elsewhere: dict[str, dict[str, str]]) -> str:
         f" The environment of {peer}: {', '.join(f'{name} {number}' for name, number in versions.items())}."
         for peer, versions in elsewhere.items()
     )
+
+
+def _of_peak(rounds: list[dict[str, Any]]) -> str:
+    """The products of Fitout's training against the machine's own."""
+    runs = [run["fitout"] for run in rounds if "matmul_peak" in run["fitout"]]
+    if not runs:
+        return ""
+    share = median(run["flops_per_second"] / run["matmul_peak"] for run in runs)
+    peak = median(run["matmul_peak"] for run in runs) / 1e9
+    return f" Fitout's whole steps ran at {100 * share:.0f} % of the {peak:,.0f} GFLOP/s of products of these sizes."
 
 
 def _drawn(name: str, picture: str) -> str:
@@ -259,33 +270,67 @@ def _row(result: dict[str, Any], side: str) -> str:
 
 
 def _survival(results: dict[str, Any]) -> str:
-    rows = []
-    for side in results.get(CRASH, {}).get("sides", {}):
-        trials = results[CRASH]["sides"][side]["trials"]
+    rows = [row for name, result in results.items() for row in SURVIVED[name](result)]
+    machines = {name: result["machine"] for name, result in results.items()}
+    last = max(machines.values(), key=lambda machine: machine["when"])
+    head = f"{last['processor']}, torch {last['torch']}; the last of them {last['when']}."
+    return head + "\n\n" + _lines("| what happens | trials | survived | command |", rows)
+
+
+def _killed(result: dict[str, Any]) -> Iterable[str]:
+    for side, name in (("fitout", "Fitout"), ("trainer", "transformers' Trainer")):
+        trials = result["sides"][side]["trials"]
         into_saves = sum(trial["in_save"] for trial in trials)
-        rows.append(f"| `kill -9`, {side} | {len(trials)}, {into_saves} of them into a save | {told(trials)} |")
-    if FAULTS in results:
-        trials = results[FAULTS]["trials"]
-        passed = sum(not trial["problems"] for trial in trials)
-        rows.append(
-            f"| a file operation fails | {len(trials)} spread over {results[FAULTS]['operations']} operations "
-            f"| {passed} passed |"
-        )
-    if POWER in results:
-        result = results[POWER]
-        starts = result["starts"]
-        rows.append(
-            f"| the power goes | {result['states']} states over {result['operations']} operations "
-            f"| {result['states'] - len(result['failures'])} passed; {starts['ended well']} of {starts['tried']} that "
-            "were run on ended bit-equal |"
-        )
-    if FLIPS in results:
-        result = results[FLIPS]
-        passed = result["trials"] - len(result["failures"])
-        rows.append(f"| a bit flips or a file is cut | {result['trials']} | {passed} passed |")
-    machine = next(iter(results.values()))["machine"]
-    head = f"{machine['processor']}, torch {machine['torch']}; {machine['when']}."
-    return head + "\n\n" + _lines("| what happens | trials | outcome |", rows)
+        kills = f"{len(trials)} kills, {into_saves} of them into a save"
+        yield f"| `kill -9`, {name} | {kills} | {told(trials)} | `python -m benchmarks.crash` |"
+
+
+def _failed(result: dict[str, Any]) -> Iterable[str]:
+    trials = result["trials"]
+    passed = sum(not trial["problems"] for trial in trials)
+    yield (
+        f"| a file operation fails (no space, I/O error, short write) | {len(trials)} spread over "
+        f"{result['operations']} operations | {passed} | `python -m benchmarks.disk.faults` |"
+    )
+
+
+def _unpowered(result: dict[str, Any]) -> Iterable[str]:
+    starts = result["starts"]
+    yield (
+        f"| the power goes: what was not synced is lost or out of order | {result['states']} states over "
+        f"{result['operations']} operations | {result['states'] - len(result['failures'])}; {starts['ended well']} of "
+        f"{starts['tried']} that were run on ended bit-equal | `python -m benchmarks.disk.power` |"
+    )
+
+
+def _flipped(result: dict[str, Any]) -> Iterable[str]:
+    passed = result["trials"] - len(result["failures"])
+    yield f"| a bit flips or a file is cut | {result['trials']} | {passed} | `python -m benchmarks.disk.flips` |"
+
+
+def _went_long(result: dict[str, Any]) -> Iterable[str]:
+    stood = result["checkpoint_seconds"]
+    yield (
+        f"| a long run | {result['steps']:,} steps, {result['checkpoints_written']:,} checkpoints, "
+        f"{result['seconds'] / 60:.0f} minutes | memory {result['slope_mb_per_1000_steps']:+.3f} MB per 1,000 steps "
+        f"({result['mb_first']:.0f} to {result['mb_last']:.0f} MB); open files {result['open_files_first']} to "
+        f"{result['open_files_last']}; {result['checkpoints_kept_at_most']} checkpoints at most; a save "
+        f"{stood['median'] * 1000:.0f} ms in the middle; stopped in {result['stop_seconds']} s, "
+        f"{result['steps_behind']} steps behind | `python -m benchmarks.long` |"
+    )
+
+
+def _launched(result: dict[str, Any]) -> Iterable[str]:
+    found = result["launchers"]
+    yield (
+        f"| started by {', '.join(f'`{name}`' for name in found)} | {len(found)}, on two ranks | "
+        f"{sum(one['ranks'] == 2 for one in found.values())}; losses of one process within "
+        f"{max(one['loss'] for one in found.values()):.0e} | `python -m benchmarks.launchers` |"
+    )
+
+
+SURVIVED = {CRASH: _killed, FAULTS: _failed, POWER: _unpowered, FLIPS: _flipped, LONG: _went_long,
+            LAUNCHERS: _launched}  # fmt: skip
 
 
 # real input

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from ..chat.types import Origin
 from ..errors import DataError
 from . import HUB_ID, SourceSettings
-from .readers import ARCHIVE, READERS, BadRow, RawRow, Rows, extension, in_archive, plain, read_file
+from .readers import ARCHIVE, READERS, BadRow, RawRow, Rows, extension, in_archive, plain, read_file, weight
 
 __all__ = ["BadRow", "Listing", "RawRow", "list_files", "named", "probe", "read"]
 
+ENOUGH = 64 << 20  # bytes of rows, as Python values, that a format is told by
 KNOWN = ", ".join(READERS) + f", each also with .gz or in a {ARCHIVE}"
 
 
@@ -56,18 +57,34 @@ def read(source: SourceSettings, base: Path) -> Iterator[RawRow | BadRow]:
 
 
 def probe(source: SourceSettings, base: Path, count: int = 100) -> list[dict[str, Any]]:
-    """About `count` good rows to detect a format from: the first of every file, of `count` files at most."""
+    """About `count` good rows to detect a format from: the first of every file, of `count` files at most; fewer where
+    they are so large that ENOUGH bytes of them are had before."""
     files = list_files(source, base).files
     if not files:  # a hub id
-        rows = read(source.model_copy(update={"limit": count}), base)
-        return [row.row for row in rows if isinstance(row, RawRow)]
+        return _light(read(source.model_copy(update={"limit": count}), base), ENOUGH)[0]
     chosen = files[:: -(-len(files) // count)]
     each = -(-count // len(chosen))
     found: list[dict[str, Any]] = []
+    room = ENOUGH
     for path, name in chosen:
         with closing(read_file(path, name, source.encoding, each)) as rows:
-            found += [row.row for row in islice(rows, count) if isinstance(row, RawRow)]
+            more, room = _light(islice(rows, count), room)
+        found += more
+        if room <= 0:
+            break
     return found
+
+
+def _light(rows: Iterable[RawRow | BadRow], room: int) -> tuple[list[dict[str, Any]], int]:
+    """Good rows until they weigh `room` bytes, and how many are left of these."""
+    found = []
+    for row in rows:
+        if isinstance(row, RawRow):
+            found.append(row.row)
+            room -= weight(row.row, room)
+            if room <= 0:
+                break
+    return found, room
 
 
 def file_rows(source: SourceSettings, base: Path) -> Rows:

@@ -14,7 +14,8 @@ import types
 import pytest
 from pydantic import ValidationError
 
-from fitout.data import DataSettings, SourceSettings, SplitSettings
+from fitout.data import DataSettings, SourceSettings, SplitSettings, sources
+from fitout.data.readers import weight
 from fitout.data.sources import BadRow, RawRow, list_files, named, probe, read
 from fitout.errors import DataError
 
@@ -367,3 +368,21 @@ def test_split_and_data_settings_refuse():
     with pytest.raises(ValidationError):
         DataSettings(sources=[{"path": "a"}], max_length=4)
     assert SplitSettings(train=0.7, validation=0.2, test=0.1)
+
+
+def test_a_format_is_told_by_few_rows_where_they_are_large(tmp_path, monkeypatch):
+    """A hundred rows of the largest size would be gigabytes; all are read, but not held at once."""
+    monkeypatch.setattr(sources, "ENOUGH", 1 << 20)
+    row = json.dumps({"text": "x" * 100_000, "n": [1.5] * 10})
+    (tmp_path / "rows.jsonl").write_text((row + "\n") * 100)
+    source = SourceSettings(path="rows.jsonl")
+    assert len(probe(source, tmp_path)) == 11  # the row that goes over is the last
+    assert sum(1 for _ in read(source, tmp_path)) == 100
+    monkeypatch.setattr(sources, "ENOUGH", 1 << 30)
+    assert len(probe(source, tmp_path)) == 100
+
+
+@pytest.mark.parametrize("value", ["x" * 1000, {"a": "x" * 1000}, ["x" * 500, {"b": ["x" * 500]}], {"x" * 1000: 1}])
+def test_the_weight_of_a_row(value):
+    assert 1000 < weight(value, 1 << 20) < 1700
+    assert weight([value] * 50, 5000) <= 5000 + 1700

@@ -14,7 +14,7 @@ from ...errors import DataError
 from .archive import Contents, contents, open_archive, shown
 from .json_rows import json_rows
 from .opening import Member, TextFile, explained
-from .rows import BadRow, RawRow, Rows, json_kind, plain
+from .rows import BadRow, RawRow, Rows, json_kind, plain, weight
 from .strict import StrictJSON, too_heavy
 from .tables import csv_rows, parquet_rows, text_rows
 
@@ -31,6 +31,7 @@ __all__ = [
     "plain",
     "read_file",
     "too_heavy",
+    "weight",
 ]
 
 READERS: dict[str, Callable[[TextFile], Rows]] = {

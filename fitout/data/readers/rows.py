@@ -7,6 +7,7 @@ import decimal
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from sys import getsizeof
 from typing import Any
 
 from ...chat.types import Origin
@@ -67,6 +68,20 @@ def json_kind(value: Any) -> str:
         return "a number"
     kinds: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
     return kinds.get(type(value), type(value).__name__)
+
+
+def weight(value: Any, limit: int) -> int:
+    """Bytes that a row takes as Python values, counted no further than `limit`."""
+    inside, total = [value], 0
+    while inside and total < limit:
+        one = inside.pop()
+        total += getsizeof(one)
+        if isinstance(one, dict):
+            inside += one
+            inside += one.values()
+        elif isinstance(one, list):
+            inside += one
+    return total
 
 
 def plain(value: Any) -> Any:
