@@ -78,6 +78,14 @@ class Ledger:
         """All there ever were: rows of the files, and what stages made of them."""
         return (self.stages[0].came if self.stages else 0) + self.total("made").total()
 
+    def state(self) -> list[dict[str, Any]]:
+        return [dict(vars(stage)) for stage in self.stages]
+
+    def restore(self, stages: list[dict[str, Any]]) -> None:
+        """As it was at `state`."""
+        counted = ("made", "quarantined", "removed", "changed")
+        self.stages = [Stage(**{**one, **{name: Counter(one[name]) for name in counted}}) for one in stages]
+
     def as_rows(self) -> list[dict[str, Any]]:
         return [
             {

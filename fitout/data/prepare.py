@@ -16,17 +16,17 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ..chat.types import Conversation, Origin, Sample, Text, Tokens
 from ..errors import DataError, TemplateError
-from ..files import explain_os_errors, fingerprint, read_json, read_jsonl, sha256_file, write_json
+from ..files import explain_os_errors, fingerprint, read_json, read_jsonl, remove_leftovers, sha256_file, write_json
 from ..rundir import RunDir
 from . import BalanceSettings, DataSettings, SourceSettings
 from . import Part as PartName
@@ -35,6 +35,7 @@ from .clean import FAULTS, NAMES, Cleaner, control_tokens, only_markers
 from .content import digest, opening, phrasing
 from .diversity import SAMPLED, measure
 from .formats import Format, Refused, choose, convert
+from .halfway import Halfway
 from .ledger import Ledger, Stage
 from .page import write_page
 from .positions import CLASSES, PLACES, moved, place_of
@@ -60,11 +61,16 @@ Progress = Callable[[str, int], None]  # the stage, and how many samples it has 
 class _Work:
     """What the stages share: the ledger, the files of what was taken out, who watches."""
 
-    def __init__(self, run: RunDir, repairs: Repairs, progress: Progress | None):
-        self.run, self.repairs = run, repairs
+    def __init__(self, run: RunDir, repairs: Repairs, progress: Progress | None, halfway: Halfway,
+                 values: dict[str, Any] | None = None):  # fmt: skip
+        """`values`: what `state` gave, to go on from there."""
+        self.run, self.repairs, self.halfway = run, repairs, halfway
         self.say: Progress = progress or (lambda stage, done: None)
         self.ledger = Ledger()
-        self.quarantine, self.removed = Lines(run.quarantine), Lines(run.removed)
+        self.quarantine, self.removed = (
+            Lines(path, halfway.folder / path.name, held)
+            for path, held in zip((run.quarantine, run.removed), values["held"] if values else (0, 0), strict=True)
+        )
         self.reasons: dict[str, Counter[str]] = defaultdict(Counter)  # by rule
         self.template_hint = ""  # what to change where the chat template refused a sample
         self.shown: list[dict[str, Any]] = []
@@ -75,6 +81,18 @@ class _Work:
         self.parts: dict[str, PartName] = {}  # files that a source's `split:` gives to a part
         self.source_of: dict[str, int] = {}  # the place of each file's source in the recipe
         self.weights: dict[str, float] = {}  # files whose training samples are seen more or less often
+        if values:
+            for name in self.PLAIN:
+                setattr(self, name, values[name])
+            self.reasons = defaultdict(Counter, {rule: Counter(counts) for rule, counts in self.reasons.items()})
+            self.ledger.restore(values["ledger"])
+
+    PLAIN = ("reasons", "template_hint", "shown", "sources", "facts", "details", "parts", "source_of", "weights")
+
+    def state(self) -> dict[str, Any]:
+        """All that is known here, with what was written on the disk."""
+        held = [self.quarantine.held(), self.removed.held()]
+        return {name: getattr(self, name) for name in self.PLAIN} | {"ledger": self.ledger.state(), "held": held}
 
     def reject(self, stage: Stage, origin: Origin, reason: str, raw: Any, *, rule: str, form: str = "row",
                repair: Repair | None = None) -> None:  # fmt: skip
@@ -112,9 +130,9 @@ class _Work:
         stage.seconds = time.perf_counter() - started
         self.say(name, stage.left)
 
-    def close(self, *, keep: bool) -> None:
+    def close(self) -> None:
         for lines in (self.quarantine, self.removed):
-            lines.done() if keep else lines.drop()
+            lines.close()
 
 
 def prepare(
@@ -136,26 +154,71 @@ def prepare(
     if ready and ready.fingerprint == made_of:
         return ready, read_json(run.data_report)
     with explain_os_errors(run.data, "write"):
-        work = _Work(run, accepted(repairs_file(settings, run)), progress)
+        remove_leftovers(run.data)
+        halfway = Halfway(run.data / ".unfinished", made_of)
         try:
-            with Rows(run.data / ".rows.jsonl.part") as rows:
-                report = _stages(settings, chat, wants, run, seed, work, rows)
-        except BaseException:
-            work.close(keep=False)
+            report = _stages(settings, chat, wants, run, seed, progress, halfway)
+        except Exception:
+            halfway.remove()
             raise
+    halfway.remove()
     write_fingerprint(run.data, made_of)  # last: without it the folder counts as unfinished
     return Prepared(run.data, made_of), report
 
 
 def _stages(
-    settings: DataSettings, chat: Chat, wants: str, run: RunDir, seed: int, work: _Work, rows: Rows
+    settings: DataSettings, chat: Chat, wants: str, run: RunDir, seed: int, progress: Progress | None, halfway: Halfway
 ) -> dict[str, Any]:
-    facts = _read_and_clean(settings, chat, wants, work, rows)
-    twins = _deduplicate(rows, settings, work)
-    here = _without_benchmarks(rows, twins.here, settings, work)
-    parts = _split(rows, here, twins, facts, settings, seed, work)
-    parts["train"] = _augment(parts["train"], rows, facts, settings, work)
-    made = _render(parts, rows, chat, settings, wants, facts, work)
+    """The stages one after the other, from the last one that an interrupted preparation had done."""
+    done, values, arrays = halfway.load() or ("", {}, {})
+    work = _Work(run, accepted(repairs_file(settings, run)), progress, halfway, values.get("work"))
+    path = halfway.folder / "rows.jsonl"
+    if done:
+        work.say(f"going on after {done}", len(arrays["ends"]))
+    with closing(work), Rows.restored(path, values["rows"], arrays) if done else Rows(path) as rows:
+        if done:
+            facts = Facts.restored(settings, values["facts"], arrays)
+        else:
+            facts = _read_and_clean(settings, chat, wants, work, rows)
+            _done("clean", work, rows, facts)
+        if done in ("split", "render"):
+            parts = {name: arrays[f"{name}-numbers"] for name in PARTS}
+        else:
+            twins = _deduplicate(rows, settings, work)
+            here = _without_benchmarks(rows, twins.here, settings, work)
+            parts = _split(rows, here, twins, facts, settings, seed, work)
+            parts["train"] = _augment(parts["train"], rows, facts, settings, work)
+            _done("split", work, rows, facts, parts)
+        if done == "render":
+            made = {name: Made.restored(run, name, arrays) for name in PARTS}
+        else:
+            made = _render(parts, rows, chat, settings, wants, facts, work)
+            _done("render", work, rows, facts, parts, made)
+        return _finished(settings, chat, wants, run, seed, work, rows, facts, made)
+
+
+def _done(
+    stage: str, work: _Work, rows: Rows, facts: Facts, parts: dict[PartName, np.ndarray] | None = None,
+    made: dict[PartName, Made] | None = None,
+) -> None:  # fmt: skip
+    """Writes what is known after a stage, so that an interruption does not cost it."""
+    of_rows, arrays = rows.state()
+    of_facts, array_of_tasks = facts.state()
+    arrays |= array_of_tasks
+    for name, numbers in (parts or {}).items():
+        arrays[f"{name}-numbers"] = numbers
+    for name, part in (made or {}).items():
+        arrays |= {f"{name}-{what}": array for what, array in part.state().items()}
+    folder = work.halfway.folder
+    files = [folder / "rows.jsonl", work.quarantine.staging, work.removed.staging]
+    files += [part.path for part in (made or {}).values()]
+    work.halfway.save(stage, {"work": work.state(), "rows": of_rows, "facts": of_facts}, arrays, files)
+
+
+def _finished(
+    settings: DataSettings, chat: Chat, wants: str, run: RunDir, seed: int, work: _Work, rows: Rows, facts: Facts,
+    made: dict[PartName, Made],
+) -> dict[str, Any]:  # fmt: skip
     _balance(made["train"], rows, facts, settings, seed, work)
     work.facts["diversity"] = _diversity(made["train"], rows, seed) if wants != "text" else None
     work.ledger.check()
@@ -164,7 +227,8 @@ def _stages(
         _write_said(run.data / f"{name}.jsonl", made[name], rows, facts, told=name == "test")
     work.details["samples"] = _examples(made["train"], rows, facts, seed)
     work.details["seconds"] = {stage.name: round(stage.seconds, 2) for stage in work.ledger.stages if stage.seconds}
-    work.close(keep=True)
+    work.quarantine.done()
+    work.removed.done()
     write_json(run.data_report, report)
     if not report["parts"]["train"]["supervised"]:
         raise _nothing_to_train(report, run, work.template_hint)
@@ -229,6 +293,22 @@ class Facts:
         if settings.split.group:
             value = look_up(sample.meta, settings.split.group)
             self.group_of.append(None if value is None else digest("group", value))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        groups = [group and group.hex() for group in self.group_of]
+        return {
+            "labels": self.tasks.labels, "came_from": self.tasks.came_from, "groups": groups
+        }, {"task_of": np.array(self.task_of)}  # fmt: skip
+
+    @classmethod
+    def restored(cls, settings: DataSettings, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> Facts:
+        """As they were at `state`."""
+        facts = cls(Tasks(settings.tasks), array("i", arrays["task_of"].tobytes()))
+        for label in values["labels"]:
+            facts.tasks.number(tuple(label))
+        facts.tasks.came_from = Counter(values["came_from"])
+        facts.group_of = [group and bytes.fromhex(group) for group in values["groups"]]
+        return facts
 
     @property
     def told(self) -> bool:
@@ -511,6 +591,25 @@ class Made:
     rows_of_order: list[int] = field(default_factory=list)
     weighted: dict[str, int] = field(default_factory=dict)  # training samples more or fewer an epoch, by file
     kept: int = 0
+
+    PLAIN: ClassVar = ("samples", "rows", "groups", "lengths", "supervised", "no_end", "unknown", "asked", "places")
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What rendering made, before anything is balanced."""
+        return {name: np.array(getattr(self, name)) for name in self.PLAIN}
+
+    @classmethod
+    def restored(cls, run: RunDir, name: PartName, arrays: dict[str, np.ndarray]) -> Made:
+        """As it was at `state`."""
+        made = cls(run.data / f"{name}.arrow")
+        for what in cls.PLAIN:
+            value = arrays[f"{name}-{what}"]
+            kind = type(getattr(made, what))
+            setattr(made, what, array("i", value.tolist()) if kind is array else kind(value.tolist())
+                    if kind is list else value)  # fmt: skip
+        made.kept = len(made.samples)
+        made.order, made.rows_of_order = list(made.samples), list(made.rows)
+        return made
 
 
 def _render(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -31,8 +32,7 @@ class Rows:
 
     def __init__(self, path: Path):
         make_folder(path.parent)
-        self.path = path
-        self._file: BinaryIO = open(path, "w+b")  # noqa: SIM115 - closed by close(), which `with` calls
+        self._file: BinaryIO = open(path, "w+b")  # noqa: SIM115 - closed by `with`
         self._map: mmap.mmap | None = None
         self._ends = array("q")
         self._keys, self._prompts = bytearray(), bytearray()
@@ -43,13 +43,9 @@ class Rows:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """The file is a means, not a result: it goes with the stages."""
         if self._map is not None:
             self._map.close()
-        try:
-            self._file.close()
-        finally:  # closing writes what is left, and a disk may be full
-            self.path.unlink(missing_ok=True)
+        self._file.close()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -72,6 +68,34 @@ class Rows:
             self._map.close()
         if self._ends:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    # halfway
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What `restored` needs besides the file, which is on the disk then."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        arrays = {
+            "ends": np.array(self._ends), "keys": np.frombuffer(bytes(self._keys), np.uint8),
+            "prompts": np.frombuffer(bytes(self._prompts), np.uint8), "file_of": np.array(self._file_of),
+            "line": np.array(self._line), "part": np.array(self._part),
+        }  # fmt: skip
+        return {"files": self.files}, arrays
+
+    @classmethod
+    def restored(cls, path: Path, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> Rows:
+        """As they were at `state`; what was written to the file since is cut off."""
+        rows = cls.__new__(cls)
+        rows._file, rows._map = open(path, "r+b"), None  # noqa: SIM115 - closed by `with`
+        rows._ends = array("q", arrays["ends"].tobytes())
+        rows._file.truncate(rows._ends[-1] if rows._ends else 0)
+        rows._file.seek(0, os.SEEK_END)
+        rows._keys, rows._prompts = bytearray(arrays["keys"].tobytes()), bytearray(arrays["prompts"].tobytes())
+        rows._files = {name: number for number, name in enumerate(values["files"])}
+        rows._file_of = array("i", arrays["file_of"].tobytes())
+        rows._line, rows._part = array("q", arrays["line"].tobytes()), array("q", arrays["part"].tobytes())
+        rows.written()
+        return rows
 
     # what is kept in memory
 
@@ -130,10 +154,13 @@ class Rows:
 class Lines:
     """A file of JSON lines that is written while the stages run and stands complete at its end, or not at all."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, staging: Path | None = None, held: int = 0):
+        """Written at `staging` until it is done; the first `held` bytes of it stay."""
         make_folder(path.parent)
-        self.path, self.staging = path, path.with_name(f".{path.name}.part")
-        self._file = open(self.staging, "wb")  # noqa: SIM115 - closed by done() or drop()
+        self.path, self.staging = path, staging or path.with_name(f".{path.name}.part")
+        self._file = open(self.staging, "r+b" if held else "wb")  # noqa: SIM115 - closed by done() or close()
+        self._file.truncate(held)
+        self._file.seek(held)
 
     def write(self, row: dict[str, Any]) -> None:
         self.raw(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
@@ -141,14 +168,19 @@ class Lines:
     def raw(self, line: bytes) -> None:
         self._file.write(line)
 
+    def held(self) -> int:
+        """Bytes so far, all of them on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
     def done(self) -> None:
         self._file.close()
         self.staging.replace(self.path)
 
-    def drop(self) -> None:
-        with suppress(OSError):  # a full disk; it is to go in any case
+    def close(self) -> None:
+        with suppress(OSError):  # a full disk; what it lacks is made again, or goes with the rest
             self._file.close()
-        self.staging.unlink(missing_ok=True)
 
 
 # samples as plain rows

@@ -1,0 +1,79 @@
+"""What an interrupted preparation had done: the same command goes on after its last whole stage.
+
+    data/.unfinished/rows.jsonl          the samples on their way
+                     quarantine.jsonl    and what was taken out so far
+                     removed.jsonl
+                     made_of.json        the fingerprint of all that the preparation is made of
+                     STAGE/              what is known when that stage is done: values.json, and an array a file
+
+A stage's folder is written whole or not at all, with hashes of all that it needs. Going on cuts the files above back to
+what that stage had written. It all goes when the data are prepared, when the preparation ends in an error, and when one
+of other inputs begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import fingerprint, read_json, staged_folder, write_json
+
+STAGES = ("render", "split", "clean")  # after which one can go on, the last first
+
+
+class Halfway:
+    """The folder of one preparation. `made_of` is its fingerprint; another's leftovers are removed."""
+
+    def __init__(self, folder: Path, made_of: str):
+        from .. import __version__
+
+        self.folder = folder
+        made_by = fingerprint(made_of, __version__)  # another version may do a stage otherwise
+        known = folder / "made_of.json"
+        if not known.exists() or read_json(known) != made_by:
+            self.remove()
+            folder.mkdir(parents=True)
+            write_json(known, made_by)
+
+    def save(self, stage: str, values: dict[str, Any], arrays: dict[str, np.ndarray], files: list[Path]) -> None:
+        """What is known after `stage`. It counts as long as `files` begin with what they hold now."""
+        with staged_folder(self.folder / stage) as staging:
+            for name, array in arrays.items():
+                np.save(staging / f"{name}.npy", array, allow_pickle=False)
+            (staging / "values.json").write_text(json.dumps(values))
+            own = {path.name: path for path in staging.iterdir()}
+            held = {name: _held(path) for name, path in {**own, **{str(path): path for path in files}}.items()}
+            write_json(staging / "files.json", held)
+
+    def load(self) -> tuple[str, dict[str, Any], dict[str, np.ndarray]] | None:
+        """The last stage that was done, its values and its arrays; None where there is none that is whole."""
+        for stage in STAGES:
+            folder = self.folder / stage
+            if not folder.exists():
+                continue
+            held = read_json(folder / "files.json")
+            if all(_held(folder / name, size) == [size, content] for name, (size, content) in held.items()):
+                arrays = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
+                return stage, read_json(folder / "values.json"), arrays
+        return None
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _held(path: Path, size: int | None = None) -> list[int | str] | None:
+    """Size and SHA-256 of a file, or of its first `size` bytes; None where there are not so many."""
+    if not path.exists() or path.stat().st_size < (size or 0):
+        return None
+    left = size = path.stat().st_size if size is None else size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return [size, digest.hexdigest()]
