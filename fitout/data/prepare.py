@@ -143,8 +143,10 @@ def prepare(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Prepared, dict[str, Any]]:
-    """Prepares the data of a run, or takes what is there when every input has the same fingerprint.
+    """Prepares the data of a run, or takes what is there when every input has the same fingerprint; of an interrupted
+    preparation of the same, the stages that it had done.
 
     `wants` is what the objective trains on: conversation or text. Returns the prepared data and the data report.
     Raises DataError when a file cannot be read or nothing is left to train on.
@@ -157,7 +159,7 @@ def prepare(
         remove_leftovers(run.data)
         halfway = Halfway(run.data / ".unfinished", made_of)
         try:
-            report = _stages(settings, chat, wants, run, seed, progress, halfway)
+            report = _stages(settings, chat, wants, run, seed, progress, say, halfway)
         except Exception:
             halfway.remove()
             raise
@@ -167,14 +169,15 @@ def prepare(
 
 
 def _stages(
-    settings: DataSettings, chat: Chat, wants: str, run: RunDir, seed: int, progress: Progress | None, halfway: Halfway
-) -> dict[str, Any]:
+    settings: DataSettings, chat: Chat, wants: str, run: RunDir, seed: int, progress: Progress | None,
+    say: Callable[[str], None], halfway: Halfway,
+) -> dict[str, Any]:  # fmt: skip
     """The stages one after the other, from the last one that an interrupted preparation had done."""
     done, values, arrays = halfway.load() or ("", {}, {})
     work = _Work(run, accepted(repairs_file(settings, run)), progress, halfway, values.get("work"))
     path = halfway.folder / "rows.jsonl"
     if done:
-        work.say(f"going on after {done}", len(arrays["ends"]))
+        say(f"going on after the stage `{done}` of an interrupted preparation: {len(arrays['ends']):,} samples")
     with closing(work), Rows.restored(path, values["rows"], arrays) if done else Rows(path) as rows:
         if done:
             facts = Facts.restored(settings, values["facts"], arrays)

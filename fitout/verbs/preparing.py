@@ -25,8 +25,9 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
     for note in chat.notes:
         screen.say(note)
     prepared, report = prepare(
-        recipe.data, chat, recipe.objective.wants, directory, seed=split_seed(recipe), progress=screen.data_progress
-    )
+        recipe.data, chat, recipe.objective.wants, directory, seed=split_seed(recipe), progress=screen.data_progress,
+        say=screen.say,
+    )  # fmt: skip
     screen.say(summary(report))
     for stage in report.get("stages", ()):  # data prepared by an earlier version have no record of them
         screen.say(f"  {stage['told']}")

@@ -84,8 +84,8 @@ def interrupt(monkeypatch, where, name, at=1):
 def told(chat, settings, run) -> list[str]:
     """Prepares, and what was said of going on."""
     said: list[str] = []
-    prepare(settings, chat, "conversation", run, progress=lambda stage, done: said.append(stage))
-    return [line for line in said if line.startswith("going on")]
+    prepare(settings, chat, "conversation", run, say=said.append)
+    return [line.split("`")[1] for line in said]
 
 
 @pytest.mark.parametrize("begun", STAGES)
@@ -101,7 +101,7 @@ def test_after_each_stage(tmp_path, monkeypatch, chat, whole, begun):
     with monkeypatch.context() as patch:
         for earlier in list(STAGES)[: list(STAGES).index(begun)]:  # what was done is not done again
             patch.setattr(preparing, earlier, lambda *_: pytest.fail("done already"))
-        assert told(chat, settings, run) == ([f"going on after {done}"] if done else [])
+        assert told(chat, settings, run) == ([done] if done else [])
     assert result(run) == want and not (run.data / ".unfinished").exists()
 
 
@@ -141,7 +141,7 @@ def test_what_is_damaged_is_not_gone_on_from(tmp_path, monkeypatch, chat, whole,
         path.unlink()
     else:
         path.write_bytes(content if how == "flipped" else content[:place])
-    assert told(chat, settings, run) == (["going on after clean"] if name.startswith("split") else [])
+    assert told(chat, settings, run) == (["clean"] if name.startswith("split") else [])
     assert result(run) == want
 
 
