@@ -49,6 +49,7 @@ def main() -> None:
     _put("survival", [_survival(lost)] if lost else [], RELIABILITY)
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
     _put("memory", [_memory(result) for result in full if result.get("kind") == "memory"], SPEED)
+    _put("shared input", [_stacked(r) for r in full if r.get("kind") == "shared input"], SPEED)
     _put("compare", [_compared(result) for result in compared], METHODS)
 
 
@@ -267,6 +268,18 @@ def _row(result: dict[str, Any], side: str) -> str:
 
 
 # survival
+
+
+def _stacked(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    rows = []
+    for name, seconds in result["points"].items():
+        apart, stacked, plain = (seconds[kind] for kind in ("apart", "stacked", "plain"))
+        times = " | ".join(f"{1000 * one:.1f} ms" for one in (apart, stacked, plain))
+        rows.append(f"| {name} | {times} | {apart / stacked:.2f} |")
+    head = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
+    table = _lines("| layers, fp32 | apart | stacked | without LoRA | stacking is, times |", rows)
+    return f"{head}\n\n{table}"
 
 
 def _survival(results: dict[str, Any]) -> str:

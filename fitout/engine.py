@@ -367,7 +367,7 @@ class Engine:
             )
         scores: list[float] = []
 
-        def score(chunk: list[tuple[list[int], list[bool]]]) -> None:
+        def score(chunk: list[tuple[list[int], bytes | bytearray]]) -> None:
             # The prompt once, then the answers; the last token in common is fed to each, as it predicts what differs.
             common = min(_common([ids for ids, _ in chunk]), *(_first(trained) for _, trained in chunk)) - 1
             rows = _Rows(self, 1)
@@ -383,7 +383,7 @@ class Engine:
 
     def _with_answers(
         self, prompt: Prompt, answers: Sequence[str], tools: Sequence[dict]
-    ) -> list[tuple[list[int], list[bool]]]:
+    ) -> list[tuple[list[int], bytes | bytearray]]:
         """The ids of a conversation with each answer, and which of them are the answer (and the end of its turn)."""
         messages, tools = _question(prompt, tools)
         asked = tuple(replace(message, train=False) for message in messages)
@@ -583,7 +583,7 @@ def _common(rows: list[list[int]]) -> int:
     return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _first(trained: list[bool]) -> int:
+def _first(trained: bytes | bytearray) -> int:
     return trained.index(True) if True in trained else len(trained)
 
 

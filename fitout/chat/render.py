@@ -8,7 +8,7 @@ about a template, and training and inference cannot drift apart.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,7 +111,7 @@ class Chat:
         bos = self.tokenizer.bos_token if self._adds_bos else ""
         strings = [bos + text.text + (self.tokenizer.eos_token or "") for text in texts]
         return [
-            Tokens(encoding.ids, [True] * len(encoding.ids), text.origin)
+            Tokens(encoding.ids, b"\1" * len(encoding.ids), text.origin)
             for encoding, text in zip(self._encode(strings), texts, strict=True)
         ]
 
@@ -224,18 +224,19 @@ class Chat:
     def _tokens(self, rendered: _Rendered, encoding: Any, origin: Origin) -> Tokens:
         """A token is of a turn when its characters overlap the turn's. Where they are is asked of a few tokens only:
         the offsets of all would take as long to hand over as a third of the encoding."""
-        ids, characters = encoding.ids, encoding.token_to_chars
-        places = range(len(ids))
-        train_on = [False] * len(ids)
+        ids = encoding.ids
+        train_on = bytearray(len(ids))
         at = 0
         for start, end in rendered.spans:
-            first = bisect_right(places, start, at, key=lambda place: characters(place)[1])
-            at = bisect_left(places, end, first, key=lambda place: characters(place)[0])
+            first = _token_at(encoding, start, at, len(ids))
+            at = _token_at(encoding, end, first, len(ids))
+            while at < len(ids) and encoding.token_to_chars(at)[0] < end:  # it goes over the end
+                at += 1
             stop = at  # leave out what the template writes after the end of the turn: no engine generates it
             while stop > first and ids[stop - 1] not in self.control_ids:
                 stop -= 1
             stop = stop if stop > first else at
-            train_on[first:stop] = [True] * (stop - first)
+            train_on[first:stop] = b"\1" * (stop - first)
         return Tokens(ids, train_on, origin)
 
     def _end_of_turn(self, rendered: _Rendered) -> int | None:
@@ -280,6 +281,14 @@ class Chat:
                 harm="At inference the prompt is encoded alone: the model would meet ids it was not trained on.",
                 hint="End the template's generation prompt with a newline or a control token.",
             )
+
+
+def _token_at(encoding: Any, character: int, low: int, high: int) -> int:
+    """The first token from `low` on that ends behind a character; `high`, their number, where there is none."""
+    found = encoding.char_to_token(character)
+    if found is not None and found >= low:
+        return found
+    return bisect_right(range(high), character, low, key=lambda place: encoding.token_to_chars(place)[1])
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -85,17 +85,17 @@ Sample = Conversation | Text | Pair
 
 @dataclass(frozen=True)
 class Tokens:
-    """A rendered sample: token ids and, for each, whether it is trained (predicted from what stands before it).
+    """A rendered sample: token ids and, for each, 1 where it is trained (predicted from what stands before it), else 0.
 
     `cut` are the ids that came after them and were left out because the sample was too long.
     """
 
     ids: list[int]
-    train_on: list[bool]
+    train_on: bytes | bytearray
     origin: Origin
     cut: list[int] = field(default_factory=list)
 
     @property
     def supervised(self) -> int:
         """How many tokens are trained; the first token of a sample has nothing before it and cannot be."""
-        return sum(self.train_on[1:])
+        return self.train_on.count(1, 1)

@@ -651,7 +651,7 @@ def _render_part(
                     continue
                 made.samples.append(int(at))
                 made.rows.append(len(fitted))
-                made.asked.append(fitted[0].train_on.index(True))
+                made.asked.append(fitted[0].train_on.index(1))
                 told = wants != "text" and len(made.samples) % every == 0
                 made.places.append(CLASSES.index(place_of(sample, settings.position.field)) if told else -1)
                 for tokens in fitted:  # a conversation's samples are shuffled together, a text's blocks apart

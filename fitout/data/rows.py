@@ -127,12 +127,15 @@ class Rows:
         assert self._map is not None
         return self._map[self._ends[at - 1] if at else 0 : self._ends[at]]
 
+    def _row(self, at: int) -> dict[str, Any]:
+        return json.loads(self.line(at).decode("utf-8", "surrogatepass"))  # of bytes json would look first how written
+
     def sample(self, at: int) -> Sample:
-        return from_row(json.loads(self.line(at)))
+        return from_row(self._row(at))
 
     def prompt(self, at: int) -> str:
         """What stands before the first answer; of a plain text the whole."""
-        row = json.loads(self.line(at))
+        row = self._row(at)
         if "text" in row:
             return row["text"]
         turns = row["messages"] if "messages" in row else row["prompt"]
@@ -141,7 +144,7 @@ class Rows:
 
     def whole(self, at: int) -> str:
         """Everything that is said."""
-        row = json.loads(self.line(at))
+        row = self._row(at)
         if "text" in row:
             return row["text"]
         turns = row["messages"] if "messages" in row else [*row["prompt"], row["chosen"], row["rejected"]]
@@ -222,6 +225,8 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _read_message(row: dict[str, Any]) -> Message:
+    if len(row) == 3:  # role, content, train: most of them
+        return Message(row["role"], row["content"], row["train"])
     parts = tuple(Part(*part) for part in row.get("parts", ()))
     extra = {key: value for key, value in row.items() if key not in ("role", "content", "train", "parts")}
     return Message(row["role"], row["content"], row["train"], parts, extra)

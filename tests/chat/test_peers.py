@@ -60,7 +60,7 @@ def test_trained_is_what_trl_marks(tmp_path, name, count):
     )
     end = chat.tokenizer.convert_tokens_to_ids(MARKED[name])
     assert tokens.ids == want["input_ids"]
-    assert tokens.train_on == until_the_end(want["input_ids"], want["assistant_masks"], end)
+    assert list(tokens.train_on) == until_the_end(want["input_ids"], want["assistant_masks"], end)
     assert sum(tokens.train_on) > 2 * len(messages) // 2
 
 

@@ -105,7 +105,7 @@ def test_what_is_stored_is_what_chat_renders(tmp_path, chat):
     assert len(talks) == len(part) == 3
     for row, conversation in enumerate(talks):
         [tokens] = chat.render(conversation)
-        assert part.ids(row).tolist() == tokens.ids and part.train_on(row).astype(bool).tolist() == tokens.train_on
+        assert part.ids(row).tolist() == tokens.ids and part.train_on(row).tobytes() == tokens.train_on
         assert part.origin(row) == conversation.origin
 
 

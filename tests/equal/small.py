@@ -79,7 +79,7 @@ def part_of(folder: Path, ids, train_on, *, name: str = "train", groups=None) ->
     write_part(
         path,
         (
-            (groups[i] if groups else i, Tokens(one.tolist(), [bool(x) for x in on], Origin("rows", i + 1)))
+            (groups[i] if groups else i, Tokens(one.tolist(), bytes(map(bool, on)), Origin("rows", i + 1)))
             for i, (one, on) in enumerate(zip(ids, train_on, strict=True))
         ),
     )
