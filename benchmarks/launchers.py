@@ -107,9 +107,9 @@ def compare(run: Path, one: Path) -> dict[str, Any]:
     gaps = [abs(a - b) for a, b in zip(losses(run), losses(one), strict=True)]
     name = "adapter/adapter_model.safetensors"
     mine, wanted = load_file(run / name), load_file(one / name)
-    assert mine.keys() == wanted.keys() and all(tensor.numel() for tensor in mine.values())
+    assert mine.keys() == wanted.keys()
+    assert all(tensor.numel() and torch.isfinite(tensor).all() for tensor in mine.values())
     far = max(float((mine[key] - tensor).abs().max()) for key, tensor in wanted.items())
-    assert torch.isfinite(torch.tensor([far, *gaps])).all()
     return {"loss": max(gaps), "adapter": far}
 
 

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ def main() -> None:
     with open(work / "run.log", "ab") as log:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
     seen = watch(process, run, asked.seconds)
+    if process.poll() is not None or len(seen) < 10:
+        process.kill()
+        sys.exit(f"the run ended by itself, or hardly began: see {work / 'run.log'}")
     process.send_signal(signal.SIGTERM)
     told = time.monotonic()
     try:
@@ -86,13 +90,14 @@ def watch(process: subprocess.Popen[bytes], run: Path, seconds: float) -> list[d
         time.sleep(EVERY)
         step = last_step(run)
         if step:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
-            seen.append({
-                "seconds": round(time.monotonic() - started), "step": step, "mb": round(resident / 1024, 2),
-                "open_files": len(os.listdir(f"/proc/{process.pid}/fd")),
-                "checkpoints": len(list(run.glob("checkpoints/step-*"))),
-            })  # fmt: skip
+            with suppress(OSError):  # it has just ended
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+                seen.append({
+                    "seconds": round(time.monotonic() - started), "step": step, "mb": round(resident / 1024, 2),
+                    "open_files": len(os.listdir(f"/proc/{process.pid}/fd")),
+                    "checkpoints": len(list(run.glob("checkpoints/step-*"))),
+                })  # fmt: skip
     return seen
 
 

@@ -290,8 +290,9 @@ def _survival(results: dict[str, Any]) -> str:
     return head + "\n\n" + _lines("| what happens | trials | survived | command |", rows)
 
 
-def _killed(result: dict[str, Any]) -> Iterable[str]:
-    for side, name in (("fitout", "Fitout"), ("trainer", "transformers' Trainer")):
+def _kills(result: dict[str, Any]) -> Iterable[str]:
+    names = {"fitout": "Fitout", "trainer": "transformers' Trainer"}
+    for side, name in ((side, names[side]) for side in result["sides"]):
         trials = result["sides"][side]["trials"]
         into_saves = sum(trial["in_save"] for trial in trials)
         kills = f"{len(trials)} kills, {into_saves} of them into a save"
@@ -342,7 +343,7 @@ def _launched(result: dict[str, Any]) -> Iterable[str]:
     )
 
 
-SURVIVED = {CRASH: _killed, FAULTS: _failed, POWER: _unpowered, FLIPS: _flipped, LONG: _went_long,
+SURVIVED = {CRASH: _kills, FAULTS: _failed, POWER: _unpowered, FLIPS: _flipped, LONG: _went_long,
             LAUNCHERS: _launched}  # fmt: skip
 
 

@@ -34,36 +34,52 @@ class Halfway:
 
         self.folder = folder
         made_by = fingerprint(made_of, __version__)  # another version may do a stage otherwise
-        known = folder / "made_of.json"
-        if not known.exists() or read_json(known) != made_by:
+        if _read(self._made_of) != made_by:
             self.remove()
             folder.mkdir(parents=True)
-            write_json(known, made_by)
+            write_json(self._made_of, made_by)
+
+    @property
+    def _made_of(self) -> Path:
+        return self.folder / "made_of.json"
 
     def save(self, stage: str, values: dict[str, Any], arrays: dict[str, np.ndarray], files: list[Path]) -> None:
-        """What is known after `stage`. It counts as long as `files` begin with what they hold now."""
+        """What is known after `stage`. It counts as long as `files` (of data/) begin with what they hold now."""
         with staged_folder(self.folder / stage) as staging:
             for name, array in arrays.items():
                 np.save(staging / f"{name}.npy", array, allow_pickle=False)
             (staging / "values.json").write_text(json.dumps(values))
-            own = {path.name: path for path in staging.iterdir()}
-            held = {name: _held(path) for name, path in {**own, **{str(path): path for path in files}}.items()}
-            write_json(staging / "files.json", held)
+            own = {path.name: _held(path) for path in staging.iterdir()}
+            beside = {str(path.relative_to(self.folder.parent)): _held(path) for path in files}
+            write_json(staging / "files.json", {"own": own, "beside": beside})
 
     def load(self) -> tuple[str, dict[str, Any], dict[str, np.ndarray]] | None:
         """The last stage that was done, its values and its arrays; None where there is none that is whole."""
         for stage in STAGES:
             folder = self.folder / stage
-            if not folder.exists():
-                continue
-            held = read_json(folder / "files.json")
-            if all(_held(folder / name, size) == [size, content] for name, (size, content) in held.items()):
+            if self._whole(folder):
                 arrays = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
                 return stage, read_json(folder / "values.json"), arrays
         return None
 
+    def _whole(self, folder: Path) -> bool:
+        held = _read(folder / "files.json")
+        if not isinstance(held, dict) or held.keys() != {"own", "beside"}:
+            return False
+        homes = ((folder, held["own"]), (self.folder.parent, held["beside"]))
+        return all(_held(home / name, one[0]) == one for home, files in homes for name, one in files.items())
+
     def remove(self) -> None:
+        self._made_of.unlink(missing_ok=True)  # first: without it the rest counts for nothing
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None where it is not there or is damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
 
 
 def _held(path: Path, size: int | None = None) -> list[int | str] | None:

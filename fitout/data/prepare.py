@@ -11,6 +11,7 @@ up: what came and was made = what left + quarantined + removed by a named rule (
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from array import array
 from collections import Counter, defaultdict
@@ -44,7 +45,7 @@ from .repair import Repair, Repairs, accepted, identity, readmitted, rule_of, su
 from .rows import Lines, Rows, as_row, from_row
 from .sources import list_files, probe, read
 from .split import HELD_OUT, PARTS, split
-from .store import PartWriter, Prepared, copy_rows, open_prepared, write_fingerprint
+from .store import PartWriter, Prepared, copy_rows, forget_fingerprint, open_prepared, write_fingerprint
 from .taxonomy import NONE, Classifier, Tasks, look_up, named, of_label, parsed
 from .twins import Twins, certify_split, find_benchmarks, find_twins
 
@@ -130,6 +131,10 @@ class _Work:
         stage.seconds = time.perf_counter() - started
         self.say(name, stage.left)
 
+    def done(self) -> None:
+        for lines in (self.quarantine, self.removed):
+            lines.done()
+
     def close(self) -> None:
         for lines in (self.quarantine, self.removed):
             lines.close()
@@ -153,18 +158,20 @@ def prepare(
     """
     made_of = _fingerprint(settings, chat, wants, seed, run)
     ready = open_prepared(run.data)
+    unfinished = run.data / ".unfinished"
     if ready and ready.fingerprint == made_of:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of other inputs, or of the moment after the last one
         return ready, read_json(run.data_report)
     with explain_os_errors(run.data, "write"):
         remove_leftovers(run.data)
-        halfway = Halfway(run.data / ".unfinished", made_of)
+        halfway = Halfway(unfinished, made_of)
         try:
             report = _stages(settings, chat, wants, run, seed, progress, say, halfway)
         except Exception:
             halfway.remove()
             raise
-    halfway.remove()
-    write_fingerprint(run.data, made_of)  # last: without it the folder counts as unfinished
+        write_fingerprint(run.data, made_of)  # last: without it the folder counts as unfinished
+        halfway.remove()
     return Prepared(run.data, made_of), report
 
 
@@ -192,6 +199,7 @@ def _stages(
             parts = _split(rows, here, twins, facts, settings, seed, work)
             parts["train"] = _augment(parts["train"], rows, facts, settings, work)
             _done("split", work, rows, facts, parts)
+        forget_fingerprint(run.data)  # from here on what is there is replaced
         if done == "render":
             made = {name: Made.restored(run, name, arrays) for name in PARTS}
         else:
@@ -230,13 +238,13 @@ def _finished(
         _write_said(run.data / f"{name}.jsonl", made[name], rows, facts, told=name == "test")
     work.details["samples"] = _examples(made["train"], rows, facts, seed)
     work.details["seconds"] = {stage.name: round(stage.seconds, 2) for stage in work.ledger.stages if stage.seconds}
-    work.quarantine.done()
-    work.removed.done()
     write_json(run.data_report, report)
     if not report["parts"]["train"]["supervised"]:
+        work.done()
         raise _nothing_to_train(report, run, work.template_hint)
     write_json(run.data_details, work.details)
     write_page(run.data_page, report, work.details, work.shown)
+    work.done()  # last: an interruption before goes on from what they held
     return report
 
 

@@ -178,6 +178,7 @@ class Lines:
         return self._file.tell()
 
     def done(self) -> None:
+        self.held()
         self._file.close()
         self.staging.replace(self.path)
 

@@ -18,7 +18,7 @@ import pyarrow.ipc as ipc
 
 from ..chat.types import Origin, Tokens
 from ..errors import CheckError
-from ..files import atomic_open, read_json, write_json
+from ..files import atomic_open, read_json, sync_folder, write_json
 from .split import PARTS
 
 SCHEMA = pa.schema(
@@ -210,6 +210,12 @@ class Prepared:
 
     def part(self, name: str) -> Part:
         return Part(self.folder / f"{name}.arrow")
+
+
+def forget_fingerprint(folder: Path) -> None:
+    """Before prepared data are replaced: what is there then counts as incomplete."""
+    (folder / "fingerprint.json").unlink(missing_ok=True)
+    sync_folder(folder)
 
 
 def write_fingerprint(folder: Path, fingerprint: str) -> None:

@@ -73,10 +73,10 @@ def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
 def _of_adapter(folder: Path) -> Resolved:
     """An adapter's model: the base that it names, which may not be an adapter again."""
     config = read_json(folder / "adapter_config.json")
-    name = config.get("base_model_name_or_path")
+    name = config.get("base_model_name_or_path") if isinstance(config, dict) else config
     if not isinstance(name, str | None):
         raise ModelError(
-            f"the adapter's base_model_name_or_path is {name!r}, which is no name",
+            f"what the adapter names as its base is no name: {str(name)[:100]}",
             where=str(folder / "adapter_config.json"),
             hint="Let it name the model: a folder, or a hub id (owner/name).",
         )

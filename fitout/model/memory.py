@@ -41,14 +41,23 @@ def give_back(device: torch.device) -> None:
 
 def available_memory() -> int:
     """Bytes that a process could still take without swapping: the kernel's estimate, or less where a control group
-    says so."""
+    that it is in says so (version 2), what files take there and would give back not counted."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    used = Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        available = min(available, int(most) - int(used.read_text()))
+    for group in _control_groups():
+        limit = group / "memory.max"
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(files["inactive_file"])
+            available = min(available, int(most) - used)
     return available
+
+
+def _control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """The control group of this process and those around it, in version 2; inside a container the root is its own."""
+    names = [line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/")]
+    inner = root / names[0] if names else root
+    return [group for group in (inner, *inner.parents) if group == root or root in group.parents]
 
 
 def recompute_activations(model: Any, share: float = 1.0) -> float:

@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, Interrupted, StopRequest
 from .listeners import Listener
 from .optim import learning_rate, make_optimizer
-from .saver import Saver
+from .saver import Saver, no_memory
 from .step import StepResult, mean_loss, train_step
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ class _Run:
         self.saver = Saver(
             self.checkpoints, job.settings.keep_last, aside=backend.saves_aside,
             tell=lambda step, name, stood: self._log(event="saved", step=step, path=name, seconds=round(stood, 3)),
+            alive=backend.alive,
         )  # fmt: skip
         self.saved_step = -1
         self.recomputing = 0.0  # share of the layers that the backward pass goes through and computes again
@@ -371,8 +372,7 @@ class _Run:
 
     def _give_up_on_numbers(self, index: int, culprits: list[str]) -> None:
         """Ends the run before a step whose numbers are not finite, with a checkpoint of what was before it."""
-        self.save()
-        self.saver.wait()
+        self.save_now()
         in_a_row = self.finite.in_a_row
         raise FitoutError(
             f"{in_a_row} steps in a row had no finite gradients (the last at step {index + 1})"
@@ -458,14 +458,14 @@ class _Run:
             give_back(self.backend.device)
             self._tell("oom", saving=True)
             if not self._written():
-                raise FitoutError(
-                    f"memory ran out while the checkpoint of step {self.at.step} was written",
-                    where=str(self.checkpoints.path(self.at.step)),
-                    harm="The checkpoint before it is complete; nothing after it was kept.",
-                    hint="Leave more memory free, or take method: {kind: lora} or train.optimizer: adamw_8bit, and "
-                    "run again with --resume.",
-                )
+                raise no_memory(self.at.step, self.checkpoints)
         self.saved_step = self.at.step
+
+    def save_now(self) -> None:
+        """Saves, and no rank goes on before all is written: what ends one of them may end the others."""
+        self.save()
+        self.saver.wait()
+        self.backend.barrier()
 
     def _written(self) -> bool:
         """Writes the checkpoint; False when memory did not suffice."""
@@ -487,8 +487,7 @@ class _Run:
 
     def finish(self) -> None:
         """The last checkpoint, then the weights the run ends with."""
-        self.save()
-        self.saver.wait()
+        self.save_now()
         self.backend.disengage(self.job.model, self.parameters, frozen_too=not self.job.method.frozen_base)
         self.parameters = trainable(self.job.model)
         best, whole = self.at.best_step, self.backend.main or not self.backend.spreads
@@ -514,8 +513,7 @@ class _Run:
             self.leave()
 
     def leave(self) -> None:
-        self.save()
-        self.saver.wait()
+        self.save_now()
         raise Stopped(
             f"stopped by {self.stop.name or 'another rank'} after step {self.at.step} of {self.job.total_steps}; "
             "a checkpoint is saved",

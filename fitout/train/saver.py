@@ -5,17 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from ..errors import FitoutError
 from ..model.load import Pending, in_order
-from ..model.memory import available_memory
+from ..model.memory import available_memory, give_back, is_out_of_memory
 from .checkpoint import Checkpoints
 
 ROOM = 2  # times the state's size in free memory, before a copy of it is made
 
+BEAT = 10.0  # seconds
+
 Tensors = Mapping[str, torch.Tensor | Pending]
+Job = tuple[int, Tensors, Tensors, dict[str, Any], int | None]  # step, weights, optimizer, state, best step
 
 
 class Saver:
@@ -28,11 +34,19 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, keep_last: int, *, aside: bool, tell: Callable[[int, str, float], None]
+        self,
+        checkpoints: Checkpoints,
+        keep_last: int,
+        *,
+        aside: bool,
+        tell: Callable[[int, str, float], None],
+        alive: Callable[[], None] = lambda: None,
     ):
-        self._checkpoints, self._keep_last, self._aside, self._tell = checkpoints, keep_last, aside, tell
+        """`alive` is called while something is waited for."""
+        self._checkpoints, self._keep_last, self._aside = checkpoints, keep_last, aside
+        self._tell, self._alive = tell, alive
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fitout-checkpoint")
-        self._coming: tuple[Future[str], int, float] | None = None  # its step, and how long the training stood
+        self._coming: tuple[Future[str], Job, float] | None = None  # how long the training stood for it
 
     def save(
         self, step: int, weights: Tensors, optimizer: Tensors, state: dict[str, Any], best_step: int | None
@@ -41,8 +55,8 @@ class Saver:
         start = time.perf_counter()
         self.wait()
         if self._aside and _fits(weights, optimizer):
-            coming = self._thread.submit(self._write, step, _copied(weights), _copied(optimizer), state, best_step)
-            self._coming = (coming, step, time.perf_counter() - start)
+            job: Job = (step, _copied(weights), _copied(optimizer), state, best_step)
+            self._coming = (self._thread.submit(self._write, *job), job, time.perf_counter() - start)
             return
         name = self._write(step, weights, optimizer, state, best_step)
         self._tell(step, name, time.perf_counter() - start)
@@ -53,14 +67,36 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
-        if self._coming:
-            (coming, step, stood), self._coming = self._coming, None
-            self._tell(step, coming.result(), stood)
+        """Until nothing is being written. Where memory did not suffice, writes again while the training stands."""
+        if not self._coming:
+            return
+        (coming, job, stood), self._coming = self._coming, None
+        while not coming.done():
+            wait_for([coming], timeout=BEAT)
+            self._alive()
+        try:
+            name = coming.result()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            name = self._again(job)
+        self._tell(job[0], name, stood)
 
     def close(self) -> None:
-        """Ends the thread, when what it writes is written."""
+        """Ends the thread, when what it writes is written. Something is still written only where the run ends by an
+        error, which is told already."""
+        with suppress(Exception):
+            self.wait()
         self._thread.shutdown(wait=True)
+
+    def _again(self, job: Job) -> str:
+        give_back(torch.device("cpu"))
+        try:
+            return self._write(*job)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise no_memory(job[0], self._checkpoints) from error
 
     def _write(
         self, step: int, weights: Tensors, optimizer: Tensors, state: dict[str, Any], best_step: int | None
@@ -70,6 +106,16 @@ class Saver:
         return path.name
 
 
+def no_memory(step: int, checkpoints: Checkpoints) -> FitoutError:
+    return FitoutError(
+        f"memory ran out while the checkpoint of step {step} was written",
+        where=str(checkpoints.path(step)),
+        harm="The checkpoint before it is complete; nothing after it was kept.",
+        hint="Leave more memory free, or take method: {kind: lora} or train.optimizer: adamw_8bit, and run again with "
+        "--resume.",
+    )
+
+
 def _fits(*groups: Tensors) -> bool:
     size = sum(tensor.shape.numel() * tensor.dtype.itemsize for group in groups for tensor in group.values())
     return available_memory() > ROOM * size
@@ -77,8 +123,8 @@ def _fits(*groups: Tensors) -> bool:
 
 def _copied(tensors: Tensors) -> dict[str, torch.Tensor]:
     """In main memory. Those that are divided over ranks are brought together in the order in which the other ranks
-    give their parts."""
+    give their parts; over one rank, what is brought together may be the part itself."""
     return {
-        name: tensor.fetch() if isinstance(tensor, Pending) else tensor.detach().to("cpu", copy=True)
+        name: tensor.fetch().clone() if isinstance(tensor, Pending) else tensor.detach().to("cpu", copy=True)
         for name, tensor in ((name, tensors[name]) for name in in_order(tensors))
     }

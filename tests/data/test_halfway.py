@@ -110,8 +110,11 @@ def test_within_stages_again_and_again(tmp_path, monkeypatch, chat, whole, seed)
     """Each start is interrupted a little later, between two rows, two removals, two files."""
     _, settings, want = whole
     run, draw = RunDir(tmp_path / "run"), random.Random(seed)
-    places = [(Rows, "add", 300), (Rows, "sample", 300), (preparing._Work, "remove", 20), (preparing, "_write_said", 3),
-              (preparing, "_fit", 200), (preparing, "_balanced", 1), (preparing, "_take", 1)]  # fmt: skip
+    places = [
+        (Rows, "add", 300), (Rows, "sample", 300), (preparing._Work, "remove", 20), (preparing, "_write_said", 3),
+        (preparing, "_fit", 200), (preparing, "_balanced", 1), (preparing, "_take", 1), (preparing, "write_page", 1),
+        (preparing, "write_fingerprint", 1),
+    ]  # fmt: skip
     for where, name, most in draw.sample(places, 4):
         with monkeypatch.context() as patch:
             interrupt(patch, where, name, draw.randint(1, most))
@@ -124,7 +127,13 @@ def test_within_stages_again_and_again(tmp_path, monkeypatch, chat, whole, seed)
     assert result(run) == want
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "quarantine.jsonl", "split/values.json", "split/task_of.npy"])
+DAMAGED = {  # -> after which stage it goes on
+    "rows.jsonl": "", "quarantine.jsonl": "", "made_of.json": "", "split/values.json": "clean",
+    "split/task_of.npy": "clean", "split/files.json": "clean",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_what_is_damaged_is_not_gone_on_from(tmp_path, monkeypatch, chat, whole, name, how):
     _, settings, want = whole
@@ -141,7 +150,7 @@ def test_what_is_damaged_is_not_gone_on_from(tmp_path, monkeypatch, chat, whole,
         path.unlink()
     else:
         path.write_bytes(content if how == "flipped" else content[:place])
-    assert told(chat, settings, run) == (["clean"] if name.startswith("split") else [])
+    assert told(chat, settings, run) == ([DAMAGED[name]] if DAMAGED[name] else [])
     assert result(run) == want
 
 
@@ -155,6 +164,34 @@ def test_of_other_inputs_nothing_is_taken(tmp_path, monkeypatch, chat, whole):
             prepare(other, chat, "conversation", run)
     assert told(chat, settings, run) == []
     assert result(run) == want
+
+
+def test_what_was_prepared_before_is_not_taken_for_what_replaced_it(tmp_path, monkeypatch, chat, whole):
+    """A, then B interrupted when it has begun to replace A's files, then A again."""
+    _, settings, want = whole
+    run = RunDir(tmp_path / "run")
+    prepare(settings, chat, "conversation", run)
+    other = settings.model_copy(update={"max_length": 40})
+    with monkeypatch.context() as patch:
+        interrupt(patch, preparing, "_finished")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(other, chat, "conversation", run)
+    assert told(chat, settings, run) == []
+    assert result(run) == want
+
+
+def test_and_is_kept_by_what_replaced_nothing(tmp_path, monkeypatch, chat, whole):
+    _, settings, want = whole
+    run = RunDir(tmp_path / "run")
+    prepare(settings, chat, "conversation", run)
+    other = settings.model_copy(update={"max_length": 40})
+    with monkeypatch.context() as patch:
+        interrupt(patch, preparing, "_deduplicate")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(other, chat, "conversation", run)
+    monkeypatch.setattr(preparing, "_stages", lambda *_: pytest.fail("it is all there"))
+    prepare(settings, chat, "conversation", run)
+    assert result(run) == want and not (run.data / ".unfinished").exists()
 
 
 def test_after_an_error_nothing_is_left(tmp_path, chat):
@@ -175,7 +212,7 @@ def test_killed_through_the_command_line(tmp_path, chat):
 
     def start(out: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "fitout.cli.app", "data", "prepare", "recipe.yaml", "--out", out]
-        return subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
 
     assert start("whole").wait(120) == 0
     seen = []
@@ -187,6 +224,7 @@ def test_killed_through_the_command_line(tmp_path, chat):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         seen.append(place.exists())
-    assert start("killed").wait(120) == 0
-    assert any(seen)
+    last = start("killed")
+    assert "going on after the stage" in last.communicate(timeout=120)[0] or not seen[-1]
+    assert last.returncode == 0 and any(seen)
     assert result(RunDir(tmp_path / "killed")) == result(RunDir(tmp_path / "whole"))

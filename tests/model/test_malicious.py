@@ -213,6 +213,13 @@ def test_what_an_adapter_names_as_its_base(tmp_path, name, value):
         open_model(str(folder))
 
 
+def test_an_adapter_whose_configuration_is_none(tmp_path):
+    folder = saved_adapter(tmp_path / "adapter", rank=4)
+    (folder / "adapter_config.json").write_text('["a", "b"]')
+    with pytest.raises(FitoutError):
+        open_model(str(folder))
+
+
 def test_a_tokenizer_that_is_no_json(base):
     (base / "tokenizer.json").write_bytes(pickle.dumps({"model": 1}))
     with pytest.raises(ModelError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
 
 from fitout.errors import FitoutError, Stopped
 from fitout.files import read_jsonl, sha256_file
+from fitout.model.load import Pending
 from fitout.train import saver
 from fitout.train.backend import Backend
 from fitout.train.checkpoint import Checkpoints, verify
@@ -123,3 +125,72 @@ def test_without_the_room_for_a_copy_the_training_stands(tmp_path, monkeypatch, 
     job = make_job(tmp_path, total=2)
     train(job)
     assert threads == {threading.main_thread().name} and len(hashes(job.run)) == 2
+
+
+def test_memory_that_runs_out_in_the_thread(tmp_path, monkeypatch, aside):
+    """It is written again, while the training stands; in vain once more, and the run ends with advice."""
+    job = make_job(tmp_path / "calm")
+    train(job)
+    want, real = hashes(job.run), Checkpoints.save
+
+    def failing(times):
+        calls = []
+
+        def save(self, step, *rest):
+            calls.append(threading.current_thread().name)
+            if step == 4 and len(calls) <= 1 + times:
+                raise MemoryError
+            return real(self, step, *rest)
+
+        monkeypatch.setattr(Checkpoints, "save", save)
+        return calls
+
+    calls = failing(1)
+    job = make_job(tmp_path / "once")
+    train(job)
+    assert hashes(job.run) == want and calls[2] == threading.main_thread().name != calls[1]
+    assert [row["path"] for row in events(job.run.log, "saved")] == ["step-2", "step-4", "step-6", "step-8"]
+    failing(2)
+    with pytest.raises(FitoutError, match="memory ran out while the checkpoint of step 4 was written"):
+        train(make_job(tmp_path / "twice"))
+
+
+def test_no_rank_goes_on_before_the_last_checkpoint_is_written(tmp_path, monkeypatch, aside):
+    """What ends one rank may end the others: the barrier of an end comes after the writing."""
+    seen, real = [], Checkpoints.save
+
+    def save(self, step, *rest):
+        time.sleep(0.2)
+        seen.append(f"written {step}")
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(Backend, "barrier", lambda self: seen.append("barrier"))
+    with pytest.raises(Stopped):
+        train(make_job(tmp_path / "stopped"), At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert seen[-2:] == ["written 3", "barrier"]
+    seen.clear()
+    train(make_job(tmp_path / "finished", total=2))
+    assert seen[-2:] == ["written 2", "barrier"]
+
+
+def test_another_error_does_not_lose_what_was_being_written(tmp_path, monkeypatch, aside):
+    go = held(monkeypatch)
+    job = make_job(tmp_path)
+
+    def fail():
+        go.set()
+        raise ValueError("of something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        train(job, At(3, fail))
+    assert [row["path"] for row in events(job.run.log, "saved")] == ["step-2"]
+    assert verify(job.run.checkpoints / "step-2") is None
+
+
+def test_what_is_brought_together_is_copied_too():
+    """Over one rank a divided tensor's whole may be the part itself."""
+    live = torch.zeros(3)
+    copy = saver._copied({"x": Pending(live.shape, live.dtype, lambda: live)})
+    live += 1
+    assert copy["x"].tolist() == [0, 0, 0]
