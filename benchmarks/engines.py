@@ -19,7 +19,7 @@ from fitout.train.backend import Backend
 from tests.equal.engines_worker import FIRST, TOTAL, part_of_a_run
 from tests.equal.test_engines import compare, two_ranks
 
-ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "zero2+offload", "zero3+offload")
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp+offload", "zero2+offload", "zero3+offload")
 METHODS = ("full", "last layer", "lora", "patterns", "pissa", "dora", "adapter", "qlora", "sparse kept")
 UNDIVIDED = ("qlora", "sparse kept")  # these refuse what divides parameters
 

@@ -55,7 +55,7 @@ class Backend:
         self._dtype: torch.dtype | None = None
         self._scaler: torch.amp.GradScaler | None = None
         self._watch: Watch | None = None
-        if self.ranks > 1:
+        if self.ranks > 1 or self.joins:
             self._connect()
 
     def _connect(self) -> None:
@@ -63,7 +63,10 @@ class Backend:
             return
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        Backend._store, _, _ = next(dist.rendezvous("env://"))
+        if self.ranks > 1:
+            Backend._store, _, _ = next(dist.rendezvous("env://"))
+        else:
+            Backend._store = dist.HashStore()  # an engine that divides can do so over one process, to off-load
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",  # off-loaded parts are on the CPU
             store=dist.PrefixStore("collectives", Backend._store),

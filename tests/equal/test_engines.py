@@ -19,13 +19,17 @@ from .engines_worker import FIRST, SECOND, TOTAL, gradients, part_of_a_run, whol
 from .small import CPU, environment, losses
 
 HERE = ("ddp:full", "ddp:lora", "fsdp:full", "fsdp:lora", "fsdp:patterns", "fsdp:dora", "fsdp:adapter")
+OFF_LOADED = ("fsdp+offload:full", "zero2+offload:full")
 DEEPSPEED = ("zero1:full", "zero1:sparse kept", "zero2:lora", "zero3:lora")
 
 
 def two_ranks(folder: Path, pairs) -> None:
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ranks(folder, pairs, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
+
+
+def ranks(folder: Path, pairs, launcher=()) -> None:
     done = subprocess.run(
-        [sys.executable, *arguments, "-m", "tests.equal.engines_worker", str(folder), *pairs],
+        [sys.executable, *launcher, "-m", "tests.equal.engines_worker", str(folder), *pairs],
         env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -89,3 +93,12 @@ def test_two_ranks_equal_one_process_and_runs_go_on_with_any_number(tmp_path, pa
         part_of_a_run(tmp_path / "two" / pair / "elastic", Backend(CPU), pair.split(":")[1], TOTAL)
     for pair in pairs:
         print(pair, compare(tmp_path / "two", tmp_path / "one", pair))
+
+
+@pytest.mark.parametrize("pair", OFF_LOADED)
+def test_over_one_process_and_off_loaded(tmp_path, pair):
+    """No launcher: what does not fit beside the model goes to main memory."""
+    if "zero" in pair and find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: pip install 'fitout[deepspeed]'")
+    ranks(tmp_path / "engine", [pair])
+    print(pair, compare(tmp_path / "engine", tmp_path / "one", pair))

@@ -42,7 +42,9 @@ class Fsdp(Divided):
             "mp_policy": MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32)
             if self._dtype
             else MixedPrecisionPolicy(),
-            "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if self.offload
+            else OffloadPolicy(),
         }
         module: Any
         for module in (*decoder_layers(model)[1], root):

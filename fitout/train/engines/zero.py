@@ -50,13 +50,16 @@ class Zero(Divided):
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("DS_LOG_LEVEL", "error")
+        os.environ.setdefault("LOCAL_RANK", "0")  # which it asks for over one process, too
         super()._connect()
         # torch's, about the names that DeepSpeed calls its collectives by, in each of them
         warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False, auto_mpi_discovery=False
+        )
 
     def engage(self, model: Any, objective: Objective, make: Make) -> tuple[dict[str, nn.Parameter], Any]:
         import deepspeed
