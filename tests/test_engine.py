@@ -421,7 +421,7 @@ def test_choices_have_the_log_probability_of_a_plain_forward(engine, monkeypatch
                 origin = Origin("", 1)
                 [tokens] = engine.chat.render(Conversation((*question, Message("assistant", choice)), origin))
                 assert tokens.ids[: len(engine.chat.prompt_ids(question))] == engine.chat.prompt_ids(question)
-                trained = torch.tensor(tokens.train_on[1:])
+                trained = torch.tensor(list(map(bool, tokens.train_on[1:])))
                 assert torch.tensor(tokens.ids[1:])[trained][-1] in engine.chat.stop_ids
                 expected = plain_log_probs(engine.model, tokens.ids)[trained].sum().item()
                 assert score == pytest.approx(expected, abs=1e-4)
