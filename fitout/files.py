@@ -181,11 +181,14 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, size: int | None = None) -> str:
+    """The hash of a file, or of its first `size` bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        left = os.fstat(file.fileno()).st_size if size is None else size
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
 
 

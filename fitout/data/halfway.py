@@ -13,7 +13,6 @@ of other inputs begins.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import fingerprint, read_json, staged_folder, write_json
+from ..files import fingerprint, read_json, sha256_file, staged_folder, write_json
 
 STAGES = ("render", "split", "clean")  # after which one can go on, the last first
 
@@ -48,7 +47,7 @@ class Halfway:
         with staged_folder(self.folder / stage) as staging:
             for name, array in arrays.items():
                 np.save(staging / f"{name}.npy", array, allow_pickle=False)
-            (staging / "values.json").write_text(json.dumps(values))
+            (staging / "values.json").write_text(json.dumps(values))  # in ASCII: texts may hold lone surrogates
             own = {path.name: _held(path) for path in staging.iterdir()}
             beside = {str(path.relative_to(self.folder.parent)): _held(path) for path in files}
             write_json(staging / "files.json", {"own": own, "beside": beside})
@@ -86,10 +85,5 @@ def _held(path: Path, size: int | None = None) -> list[int | str] | None:
     """Size and SHA-256 of a file, or of its first `size` bytes; None where there are not so many."""
     if not path.exists() or path.stat().st_size < (size or 0):
         return None
-    left = size = path.stat().st_size if size is None else size
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while left and (block := file.read(min(left, 1 << 20))):
-            digest.update(block)
-            left -= len(block)
-    return [size, digest.hexdigest()]
+    size = path.stat().st_size if size is None else size
+    return [size, sha256_file(path, size)]

@@ -62,6 +62,8 @@ Progress = Callable[[str, int], None]  # the stage, and how many samples it has 
 class _Work:
     """What the stages share: the ledger, the files of what was taken out, who watches."""
 
+    PLAIN = ("reasons", "template_hint", "shown", "sources", "facts", "details", "parts", "source_of", "weights")
+
     def __init__(self, run: RunDir, repairs: Repairs, progress: Progress | None, halfway: Halfway,
                  values: dict[str, Any] | None = None):  # fmt: skip
         """`values`: what `state` gave, to go on from there."""
@@ -87,8 +89,6 @@ class _Work:
                 setattr(self, name, values[name])
             self.reasons = defaultdict(Counter, {rule: Counter(counts) for rule, counts in self.reasons.items()})
             self.ledger.restore(values["ledger"])
-
-    PLAIN = ("reasons", "template_hint", "shown", "sources", "facts", "details", "parts", "source_of", "weights")
 
     def state(self) -> dict[str, Any]:
         """All that is known here, with what was written on the disk."""
@@ -190,7 +190,7 @@ def _stages(
             facts = Facts.restored(settings, values["facts"], arrays)
         else:
             facts = _read_and_clean(settings, chat, wants, work, rows)
-            _done("clean", work, rows, facts)
+            _remember("clean", work, rows, facts)
         if done in ("split", "render"):
             parts = {name: arrays[f"{name}-numbers"] for name in PARTS}
         else:
@@ -198,17 +198,17 @@ def _stages(
             here = _without_benchmarks(rows, twins.here, settings, work)
             parts = _split(rows, here, twins, facts, settings, seed, work)
             parts["train"] = _augment(parts["train"], rows, facts, settings, work)
-            _done("split", work, rows, facts, parts)
+            _remember("split", work, rows, facts, parts)
         forget_fingerprint(run.data)  # from here on what is there is replaced
         if done == "render":
             made = {name: Made.restored(run, name, arrays) for name in PARTS}
         else:
             made = _render(parts, rows, chat, settings, wants, facts, work)
-            _done("render", work, rows, facts, parts, made)
+            _remember("render", work, rows, facts, parts, made)
         return _finished(settings, chat, wants, run, seed, work, rows, facts, made)
 
 
-def _done(
+def _remember(
     stage: str, work: _Work, rows: Rows, facts: Facts, parts: dict[PartName, np.ndarray] | None = None,
     made: dict[PartName, Made] | None = None,
 ) -> None:  # fmt: skip
@@ -306,10 +306,10 @@ class Facts:
             self.group_of.append(None if value is None else digest("group", value))
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What `restored` needs."""
         groups = [group and group.hex() for group in self.group_of]
-        return {
-            "labels": self.tasks.labels, "came_from": self.tasks.came_from, "groups": groups
-        }, {"task_of": np.array(self.task_of)}  # fmt: skip
+        values = {"labels": self.tasks.labels, "came_from": self.tasks.came_from, "groups": groups}
+        return values, {"task_of": np.array(self.task_of)}
 
     @classmethod
     def restored(cls, settings: DataSettings, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> Facts:
@@ -614,13 +614,20 @@ class Made:
         """As it was at `state`."""
         made = cls(run.data / f"{name}.arrow")
         for what in cls.PLAIN:
-            value = arrays[f"{name}-{what}"]
-            kind = type(getattr(made, what))
-            setattr(made, what, array("i", value.tolist()) if kind is array else kind(value.tolist())
-                    if kind is list else value)  # fmt: skip
-        made.kept = len(made.samples)
-        made.order, made.rows_of_order = list(made.samples), list(made.rows)
+            value: Any = arrays[f"{name}-{what}"]
+            empty = getattr(made, what)
+            if isinstance(empty, list):
+                value = value.tolist()
+            elif isinstance(empty, array):
+                value = array(empty.typecode, value.tobytes())
+            setattr(made, what, value)
+        made.each_once()
         return made
+
+    def each_once(self) -> None:
+        """Every sample that was rendered is kept, and seen once an epoch."""
+        self.kept = len(self.samples)
+        self.order, self.rows_of_order = list(self.samples), list(self.rows)
 
 
 def _render(
@@ -671,8 +678,7 @@ def _render_part(
                 group += wants != "text"
             done += len(batch)
             work.say(f"render {name}", done)
-    made.kept = len(made.samples)
-    made.order, made.rows_of_order = list(made.samples), list(made.rows)
+    made.each_once()
     made.lengths, made.supervised = np.array(writer.lengths), np.array(writer.supervised)
     return made
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -30,9 +30,9 @@ class Rows:
     `keys` and `prompts` are (n,) of 16-byte digests: `content.content_key` and `content.prompt_key`.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, mode: Literal["w+b", "r+b"] = "w+b"):
         make_folder(path.parent)
-        self._file: BinaryIO = open(path, "w+b")  # noqa: SIM115 - closed by `with`
+        self._file: BinaryIO = open(path, mode)  # noqa: SIM115 - closed by `with`
         self._map: mmap.mmap | None = None
         self._ends = array("q")
         self._keys, self._prompts = bytearray(), bytearray()
@@ -85,8 +85,7 @@ class Rows:
     @classmethod
     def restored(cls, path: Path, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> Rows:
         """As they were at `state`; what was written to the file since is cut off."""
-        rows = cls.__new__(cls)
-        rows._file, rows._map = open(path, "r+b"), None  # noqa: SIM115 - closed by `with`
+        rows = cls(path, "r+b")
         rows._ends = array("q", arrays["ends"].tobytes())
         rows._file.truncate(rows._ends[-1] if rows._ends else 0)
         rows._file.seek(0, os.SEEK_END)

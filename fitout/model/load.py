@@ -73,7 +73,8 @@ def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
 def _of_adapter(folder: Path) -> Resolved:
     """An adapter's model: the base that it names, which may not be an adapter again."""
     config = read_json(folder / "adapter_config.json")
-    name = config.get("base_model_name_or_path") if isinstance(config, dict) else config
+    config = config if isinstance(config, dict) else {}
+    name = config.get("base_model_name_or_path")
     if not isinstance(name, str | None):
         raise ModelError(
             f"what the adapter names as its base is no name: {str(name)[:100]}",

@@ -80,6 +80,11 @@ class Backend:
         return self.rank == 0
 
     @property
+    def shares_steps(self) -> bool:
+        """Whether a micro-batch cannot be given up here alone, because others compute it as well or an engine does."""
+        return self.ranks > 1 or self.joins
+
+    @property
     def scales_loss(self) -> bool:
         """Whether the loss is scaled up before backward (fp16), by a factor that is sought on the way."""
         return self._scaler is not None

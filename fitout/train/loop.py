@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, Interrupted, StopRequest
 from .listeners import Listener
 from .optim import learning_rate, make_optimizer
-from .saver import Saver, no_memory
+from .saver import Saver
 from .step import StepResult, mean_loss, train_step
 
 if TYPE_CHECKING:
@@ -121,11 +121,7 @@ class _Run:
         self.finite = FiniteGuard(job.settings.on_nonfinite)
         self.at = Progress(budget=_first_budget(job.settings, backend))
         self.ahead = Ahead(self._make_layouts, job.total_steps)
-        self.saver = Saver(
-            self.checkpoints, job.settings.keep_last, aside=backend.saves_aside,
-            tell=lambda step, name, stood: self._log(event="saved", step=step, path=name, seconds=round(stood, 3)),
-            alive=backend.alive,
-        )  # fmt: skip
+        self.saver = Saver(self.checkpoints, backend, job.settings.keep_last, self._log)
         self.saved_step = -1
         self.recomputing = 0.0  # share of the layers that the backward pass goes through and computes again
         self.recomputed = 0.0  # the same as a share of all layers
@@ -296,7 +292,7 @@ class _Run:
             try:
                 return compute(layouts)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self._shares_steps:
+                if not is_out_of_memory(error) or self.backend.shares_steps:
                     raise  # the error goes before anything else is tried: its traceback holds the activations
             self.job.model.zero_grad(set_to_none=True)
             give_back(self.backend.device)
@@ -337,7 +333,7 @@ class _Run:
 
         Only the loss is looked at where gradients are scaled (fp16): there they overflow while the scale is sought.
         """
-        if self._shares_steps or (self.backend.scales_loss and math.isfinite(loss)):
+        if self.backend.shares_steps or (self.backend.scales_loss and math.isfinite(loss)):
             return self._origins(self.job.batches.rows(index))
         batches, found = self.job.batches, []
         rows = batches.rows(index)
@@ -454,35 +450,18 @@ class _Run:
         if self.saved_step == self.at.step:
             return
         self.backend.alive()
-        if not self._written():  # nothing half-written is left; what the step no longer needs may be enough
-            give_back(self.backend.device)
-            self._tell("oom", saving=True)
-            if not self._written():
-                raise no_memory(self.at.step, self.checkpoints)
+        weights, moments = self._weights(), self.backend.moments(self.optimizer, self.parameters)
+        if self.backend.main:
+            state = {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()}
+            self.saver.save(self.at.step, weights, moments, state, self.at.best_step)
+        self.backend.bring_together(weights, moments)
+        self.backend.barrier()
         self.saved_step = self.at.step
 
     def save_now(self) -> None:
         """Saves, and no rank goes on before all is written: what ends one of them may end the others."""
         self.save()
         self.saver.wait()
-        self.backend.barrier()
-
-    def _written(self) -> bool:
-        """Writes the checkpoint; False when memory did not suffice."""
-        try:
-            self._write()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or self._shares_steps:
-                raise
-            return False
-        return True
-
-    def _write(self) -> None:
-        weights, moments = self._weights(), self.backend.moments(self.optimizer, self.parameters)
-        if self.backend.main:
-            state = {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()}
-            self.saver.save(self.at.step, weights, moments, state, self.at.best_step)
-        self.backend.bring_together(weights, moments)
         self.backend.barrier()
 
     def finish(self) -> None:
@@ -499,13 +478,8 @@ class _Run:
 
     def _between(self) -> None:
         """Called between micro-batches. One rank alone can leave there; several leave together, between steps."""
-        if not self._shares_steps:
+        if not self.backend.shares_steps:
             self.stop.check()
-
-    @property
-    def _shares_steps(self) -> bool:
-        """Whether a micro-batch cannot be given up here alone, because others compute it as well or an engine does."""
-        return self.backend.ranks > 1 or self.backend.joins
 
     def leave_when_asked(self) -> None:
         """Ends the run, on all ranks, when one of them was asked to stop."""

@@ -14,10 +14,10 @@ import torch
 from ..errors import FitoutError
 from ..model.load import Pending, in_order
 from ..model.memory import available_memory, give_back, is_out_of_memory
+from .backend import Backend
 from .checkpoint import Checkpoints
 
 ROOM = 2  # times the state's size in free memory, before a copy of it is made
-
 BEAT = 10.0  # seconds
 
 Tensors = Mapping[str, torch.Tensor | Pending]
@@ -27,24 +27,15 @@ Job = tuple[int, Tensors, Tensors, dict[str, Any], int | None]  # step, weights,
 class Saver:
     """Writes the checkpoints of a run, one at a time, and then removes those that are no longer kept.
 
-    With `aside` it copies the state into main memory and writes the copy in a thread; else, or where main memory has
-    not the room, the training stands until all is written. What is on the disk, and in which order, is the same. What
-    the thread raises is raised by the next `look`, `save` or `wait`. `tell(step, name, stood)` is called by those too,
-    for each checkpoint that is complete, with the seconds that the training stood for it.
+    Where the backend `saves_aside` it copies the state into main memory and writes the copy in a thread; else, or where
+    main memory has not the room, the training stands until all is written. What is on the disk, and in which order, is
+    the same. What the thread raises is raised by the next `look`, `save` or `wait`, and a checkpoint that is complete
+    is logged by them, with the seconds that the training stood for it.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        keep_last: int,
-        *,
-        aside: bool,
-        tell: Callable[[int, str, float], None],
-        alive: Callable[[], None] = lambda: None,
-    ):
-        """`alive` is called while something is waited for."""
-        self._checkpoints, self._keep_last, self._aside = checkpoints, keep_last, aside
-        self._tell, self._alive = tell, alive
+    def __init__(self, checkpoints: Checkpoints, backend: Backend, keep_last: int, log: Callable[..., None]):
+        """`log` takes a row of the log as keywords."""
+        self._checkpoints, self._backend, self._keep_last, self._log = checkpoints, backend, keep_last, log
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fitout-checkpoint")
         self._coming: tuple[Future[str], Job, float] | None = None  # how long the training stood for it
 
@@ -54,33 +45,28 @@ class Saver:
         """Hands the state of `step` over; it may change from here on."""
         start = time.perf_counter()
         self.wait()
-        if self._aside and _fits(weights, optimizer):
+        if self._backend.saves_aside and _fits(weights, optimizer):
             job: Job = (step, _copied(weights), _copied(optimizer), state, best_step)
             self._coming = (self._thread.submit(self._write, *job), job, time.perf_counter() - start)
             return
-        name = self._write(step, weights, optimizer, state, best_step)
-        self._tell(step, name, time.perf_counter() - start)
+        job = (step, weights, optimizer, state, best_step)
+        name = self._written(job, lambda: self._write(*job), again=not self._backend.shares_steps)
+        self._complete(step, name, time.perf_counter() - start)
 
     def look(self) -> None:
-        """Tells of a checkpoint that has been completed meanwhile."""
+        """Logs a checkpoint that has been completed meanwhile."""
         if self._coming and self._coming[0].done():
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written. Where memory did not suffice, writes again while the training stands."""
+        """Until nothing is being written."""
         if not self._coming:
             return
         (coming, job, stood), self._coming = self._coming, None
         while not coming.done():
             wait_for([coming], timeout=BEAT)
-            self._alive()
-        try:
-            name = coming.result()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            name = self._again(job)
-        self._tell(job[0], name, stood)
+            self._backend.alive()
+        self._complete(job[0], self._written(job, coming.result, again=True), stood)
 
     def close(self) -> None:
         """Ends the thread, when what it writes is written. Something is still written only where the run ends by an
@@ -89,14 +75,28 @@ class Saver:
             self.wait()
         self._thread.shutdown(wait=True)
 
-    def _again(self, job: Job) -> str:
-        give_back(torch.device("cpu"))
+    def _written(self, job: Job, name: Callable[[], str], *, again: bool) -> str:
+        """What `name` gives. When memory did not suffice for it, what is written `again`, while the training stands:
+        nothing half-written is left, and what the step no longer needs may be enough."""
+        try:
+            return name()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not again:
+                raise
+        give_back(self._backend.device)
+        self._log(event="oom", step=job[0], saving=True)
         try:
             return self._write(*job)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise no_memory(job[0], self._checkpoints) from error
+            raise FitoutError(
+                f"memory ran out while the checkpoint of step {job[0]} was written",
+                where=str(self._checkpoints.path(job[0])),
+                harm="The checkpoint before it is complete; nothing after it was kept.",
+                hint="Leave more memory free, or take method: {kind: lora} or train.optimizer: adamw_8bit, and run "
+                "again with --resume.",
+            ) from error
 
     def _write(
         self, step: int, weights: Tensors, optimizer: Tensors, state: dict[str, Any], best_step: int | None
@@ -105,15 +105,8 @@ class Saver:
         self._checkpoints.prune(self._keep_last, best_step)
         return path.name
 
-
-def no_memory(step: int, checkpoints: Checkpoints) -> FitoutError:
-    return FitoutError(
-        f"memory ran out while the checkpoint of step {step} was written",
-        where=str(checkpoints.path(step)),
-        harm="The checkpoint before it is complete; nothing after it was kept.",
-        hint="Leave more memory free, or take method: {kind: lora} or train.optimizer: adamw_8bit, and run again with "
-        "--resume.",
-    )
+    def _complete(self, step: int, name: str, stood: float) -> None:
+        self._log(event="saved", step=step, path=name, seconds=round(stood, 3))
 
 
 def _fits(*groups: Tensors) -> bool:

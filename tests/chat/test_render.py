@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
 from fitout.chat import ChatSettings
+from fitout.chat.render import _Rendered
 from fitout.chat.types import Message, Text
 from fitout.errors import ModelError, TemplateError
 from fitout.model.load import SHELL
@@ -319,3 +321,16 @@ def test_the_embedded_names_are_not_confused(tmp_path):
         assert not chat.grown
         assert trained_text(chat, chat.render(talk(*TURNS))[0])[-1] == TURNS[3].content + end
         assert chat.tokenizer.convert_tokens_to_ids(end) in chat.stop_ids
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_token_is_trained_when_its_characters_overlap_the_turn(case, seed):
+    """Spans from anywhere to anywhere, within words and characters of several tokens, against every token's offsets."""
+    (chat, _), draw = case, random.Random(seed)
+    text = "".join(draw.choice(["the north ", "capital", "北京", "🎉", " ", "\n", "é", "x7 "]) for _ in range(60))
+    cuts = sorted(draw.sample(range(len(text) + 1), 6))
+    spans = tuple(zip(cuts[::2], cuts[1::2], strict=True))
+    [encoding] = chat._encode([text])
+    tokens = chat._tokens(_Rendered(text, spans), encoding, HERE)
+    want = [any(first < end and last > start for start, end in spans) for first, last in encoding.offsets]
+    assert list(tokens.train_on) == want and 0 < sum(want) < len(want)

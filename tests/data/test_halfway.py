@@ -81,6 +81,14 @@ def interrupt(monkeypatch, where, name, at=1):
     monkeypatch.setattr(where, name, stopped)
 
 
+def interrupted(monkeypatch, chat, settings, run, begun) -> None:
+    """A preparation that ends when a stage begins."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, preparing, begun)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings, chat, "conversation", run)
+
+
 def told(chat, settings, run) -> list[str]:
     """Prepares, and what was said of going on."""
     said: list[str] = []
@@ -92,10 +100,7 @@ def told(chat, settings, run) -> list[str]:
 def test_after_each_stage(tmp_path, monkeypatch, chat, whole, begun):
     _, settings, want = whole
     run = RunDir(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        interrupt(patch, preparing, begun)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(settings, chat, "conversation", run)
+    interrupted(monkeypatch, chat, settings, run, begun)
     assert not (run.data / "fingerprint.json").exists() and (run.data / ".unfinished").exists()
     done = STAGES[begun]
     with monkeypatch.context() as patch:
@@ -138,10 +143,7 @@ DAMAGED = {  # -> after which stage it goes on
 def test_what_is_damaged_is_not_gone_on_from(tmp_path, monkeypatch, chat, whole, name, how):
     _, settings, want = whole
     run = RunDir(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        interrupt(patch, preparing, "_render")
-        with pytest.raises(KeyboardInterrupt):
-            prepare(settings, chat, "conversation", run)
+    interrupted(monkeypatch, chat, settings, run, "_render")
     path = run.data / ".unfinished" / name
     content = bytearray(path.read_bytes())
     place = len(content) // 8  # of the rows that all stages need
@@ -158,10 +160,7 @@ def test_of_other_inputs_nothing_is_taken(tmp_path, monkeypatch, chat, whole):
     folder, settings, want = whole
     run = RunDir(tmp_path / "run")
     other = settings.model_copy(update={"max_length": 90})
-    with monkeypatch.context() as patch:
-        interrupt(patch, preparing, "_render")
-        with pytest.raises(KeyboardInterrupt):
-            prepare(other, chat, "conversation", run)
+    interrupted(monkeypatch, chat, other, run, "_render")
     assert told(chat, settings, run) == []
     assert result(run) == want
 
@@ -172,10 +171,7 @@ def test_what_was_prepared_before_is_not_taken_for_what_replaced_it(tmp_path, mo
     run = RunDir(tmp_path / "run")
     prepare(settings, chat, "conversation", run)
     other = settings.model_copy(update={"max_length": 40})
-    with monkeypatch.context() as patch:
-        interrupt(patch, preparing, "_finished")
-        with pytest.raises(KeyboardInterrupt):
-            prepare(other, chat, "conversation", run)
+    interrupted(monkeypatch, chat, other, run, "_finished")
     assert told(chat, settings, run) == []
     assert result(run) == want
 
@@ -185,10 +181,7 @@ def test_and_is_kept_by_what_replaced_nothing(tmp_path, monkeypatch, chat, whole
     run = RunDir(tmp_path / "run")
     prepare(settings, chat, "conversation", run)
     other = settings.model_copy(update={"max_length": 40})
-    with monkeypatch.context() as patch:
-        interrupt(patch, preparing, "_deduplicate")
-        with pytest.raises(KeyboardInterrupt):
-            prepare(other, chat, "conversation", run)
+    interrupted(monkeypatch, chat, other, run, "_deduplicate")
     monkeypatch.setattr(preparing, "_stages", lambda *_: pytest.fail("it is all there"))
     prepare(settings, chat, "conversation", run)
     assert result(run) == want and not (run.data / ".unfinished").exists()

@@ -213,9 +213,10 @@ def test_what_an_adapter_names_as_its_base(tmp_path, name, value):
         open_model(str(folder))
 
 
-def test_an_adapter_whose_configuration_is_none(tmp_path):
+@pytest.mark.parametrize("config", ['["a", "b"]', '"owner/name"', "null", "7"])
+def test_an_adapter_whose_configuration_is_none(tmp_path, config):
     folder = saved_adapter(tmp_path / "adapter", rank=4)
-    (folder / "adapter_config.json").write_text('["a", "b"]')
+    (folder / "adapter_config.json").write_text(config)
     with pytest.raises(FitoutError):
         open_model(str(folder))
 
