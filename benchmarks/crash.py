@@ -10,9 +10,10 @@ checkpoint that is being written are seen, plus up to SAVE_DELAY seconds. A tria
 start of the same command did not end with an error, and is bit-equal when the run's adapter in the end has the bytes
 of an undisturbed run; after a start that fails there is no end to compare, and the next chain begins.
 
-    fitout    `fitout run RECIPE --out RUN`, through the command line
-    trainer   `python -m benchmarks.side_crash`: transformers' Trainer with peft, started again as its users do, from
-              `get_last_checkpoint` (its own saves, its own resume)
+    fitout        `fitout run RECIPE --out RUN`, through the command line
+    fitout aside  the same, with checkpoints written by a thread as on a GPU (`benchmarks.side_aside`)
+    trainer       `python -m benchmarks.side_crash`: transformers' Trainer with peft, started again as its users do,
+                  from `get_last_checkpoint` (its own saves, its own resume)
 
 Goes on where it stopped: what is in `--out` is not done again. Exit code 1 when one of Fitout's trials did not survive.
 """
@@ -34,27 +35,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .real_input import _machine as machine
-from .real_input import _write as write
+from .small import ROOT, environment, machine, recipe, write
 
-ROOT = Path(__file__).parents[1]
 KILLS = 5  # in a row, of one run
 SAVE_DELAY = 0.01  # seconds; a save of this size takes about that long
 LIMIT = 300  # seconds for one start; more is a hang
 STEPS, SAVE_EVERY, BATCH, RATE, DROPOUT = 40, 3, 8, 1e-3, 0.05
-RECIPE = f"""\
-name: crash
-model: {{base: "embedded:shell"}}
-data:
-  sources: [{{path: "{ROOT}/fitout/demo/data/questions.json"}}]
-  split: {{train: 0.8, validation: 0.1, test: 0.1}}
-  max_length: 128
-method: {{kind: lora, rank: 8, alpha: 16, dropout: {DROPOUT}}}
-train: {{max_steps: {STEPS}, batch_size: {BATCH}, lr: {RATE}, precision: fp32, save_every: {SAVE_EVERY},
-  evaluate_every: 20, listeners: []}}
-evaluate: {{metrics: [exact_match], retention: "off", max_new_tokens: 4, limit: 8}}
-export: {{merge: false}}
-"""
+RECIPE = recipe(
+    "crash",
+    f"rank: 8, alpha: 16, dropout: {DROPOUT}",
+    f"max_steps: {STEPS}, lr: {RATE}, save_every: {SAVE_EVERY}, evaluate_every: 20, listeners: []",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,8 @@ class Side:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--trials", type=int, default=200)
-    arguments.add_argument("--peer-trials", type=int, default=40)
+    arguments.add_argument("--aside-trials", type=int, default=60)
+    arguments.add_argument("--peer-trials", type=int, default=25)
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--work", type=Path, default=Path("build/crash"))
     arguments.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so long; go on later")
@@ -84,14 +76,15 @@ def main() -> None:
         if "truth" not in mine:
             mine["truth"], mine["seconds"] = undisturbed(side, work)
             write(asked.out, result)
-        wanted = asked.trials if side.name == "fitout" else asked.peer_trials
+        wanted = {"fitout": asked.trials, "fitout aside": asked.aside_trials, "trainer": asked.peer_trials}[side.name]
         for trials in chains(side, work, mine, wanted):
             mine["trials"] += trials
             write(asked.out, result)
             print(f"{side.name}: {told(mine['trials'])}", flush=True)
             if time.monotonic() > until:
                 sys.exit(3)
-    sys.exit(0 if all(map(survived, result["sides"]["fitout"]["trials"])) else 1)
+    ours = (trial for name in ("fitout", "fitout aside") for trial in result["sides"][name]["trials"])
+    sys.exit(0 if all(map(survived, ours)) else 1)
 
 
 def survived(trial: dict[str, Any]) -> bool:
@@ -111,20 +104,24 @@ def told(trials: list[dict[str, Any]]) -> str:
 def prepare(work: Path) -> list[Side]:
     """Writes the recipe, and for the peer the rows as Fitout prepares them."""
     work.mkdir(parents=True, exist_ok=True)
-    recipe, rows = work / "recipe.yaml", work / "rows.json"
-    recipe.write_text(RECIPE)
+    path, rows = work / "recipe.yaml", work / "rows.json"
+    path.write_text(RECIPE)
     if not rows.exists():
         from fitout import config, verbs
         from fitout.data.store import Part
 
-        part = Part(verbs.prepare(config.load(recipe), out=work / "prepared").data / "train.arrow")
+        part = Part(verbs.prepare(config.load(path), out=work / "prepared").data / "train.arrow")
         settings = {"steps": STEPS, "save_every": SAVE_EVERY, "batch": BATCH, "rate": RATE, "dropout": DROPOUT}
         samples = [{"ids": part.ids(i).tolist(), "mask": part.train_on(i).tolist()} for i in range(len(part))]
         write(rows, {**settings, "base": str(ROOT / "fitout/demo/shell"), "rows": samples})
-    fitout = [sys.executable, "-m", "fitout.cli.app", "run", str(recipe), "--out"]
+    fitout = [sys.executable, "-m", "fitout.cli.app", "run", str(path), "--out"]
+    aside = [sys.executable, "-m", "benchmarks.side_aside", *fitout[3:]]
     trainer = [sys.executable, "-m", "benchmarks.side_crash", str(rows)]
     return [
         Side("fitout", lambda run: [*fitout, str(run)], "checkpoints/.*.part", "adapter/adapter_model.safetensors"),
+        Side(
+            "fitout aside", lambda run: [*aside, str(run)], "checkpoints/.*.part", "adapter/adapter_model.safetensors"
+        ),
         Side("trainer", lambda run: [*trainer, str(run)], "checkpoint-*", "adapter/adapter_model.safetensors"),
     ]
 
@@ -207,13 +204,9 @@ def kill_once(side: Side, run: Path, seconds: float, draw: random.Random, *, in_
 
 
 def start(side: Side, run: Path) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
     with open(run.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(
-            side.command(run), env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            side.command(run), env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True
         )
 
 

@@ -20,9 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .crash import ROOT
-from .real_input import _machine as machine
-from .real_input import _write as write
+from .small import environment, machine, recipe, write
 
 BIN = Path(sys.executable).parent
 ACCELERATE = ["accelerate", "launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -38,18 +36,11 @@ LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_accelerators", "2", "--module", "fitout", "run", "RECIPE"],
 }  # fmt: skip
 LOSS, ADAPTER = 1e-5, 1e-4
-RECIPE = f"""\
-name: launched
-model: {{base: "embedded:shell"}}
-data:
-  sources: [{{path: "{ROOT}/fitout/demo/data/questions.json"}}]
-  split: {{train: 0.8, validation: 0.1, test: 0.1}}
-  max_length: 128
-method: {{kind: lora, rank: 8, alpha: 16, dropout: 0.0}}
-train: {{max_steps: 12, batch_size: 8, lr: 1.0e-3, precision: fp32, save_every: 6, listeners: []}}
-evaluate: {{metrics: [exact_match], retention: "off", max_new_tokens: 4, limit: 8}}
-export: {{merge: false}}
-"""
+TRAINED = recipe(
+    "launched",
+    "rank: 8, alpha: 16, dropout: 0.0",
+    "max_steps: 12, lr: 1.0e-3, save_every: 6, listeners: []",
+)
 
 
 def main() -> None:
@@ -60,14 +51,14 @@ def main() -> None:
     work = asked.work.absolute()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    recipe = work / "recipe.yaml"
-    recipe.write_text(RECIPE)
+    path = work / "recipe.yaml"
+    path.write_text(TRAINED)
     one = work / "one"
-    ended(start(["fitout", "run", str(recipe)], one), one)
+    ended(start(["fitout", "run", str(path)], one), one)
     result: dict[str, Any] = {"machine": machine(1), "launchers": {}}
     for number, (name, words) in enumerate(LAUNCHERS.items()):
         run, began = work / str(number), time.monotonic()
-        said = ended(start([str(recipe) if word == "RECIPE" else word for word in words], run), run)
+        said = ended(start([str(path) if word == "RECIPE" else word for word in words], run), run)
         found = {
             "ranks": 2 if "2 ranks" in said else 1,
             **compare(run, one),
@@ -81,12 +72,9 @@ def main() -> None:
 
 
 def start(command: list[str], run: Path) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+    told = {"PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [str(BIN / command[0]), *command[1:], "--out", str(run)], env=environment, cwd=run.parent, text=True,
+        [str(BIN / command[0]), *command[1:], "--out", str(run)], env=environment(**told), cwd=run.parent, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

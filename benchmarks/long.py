@@ -26,25 +26,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .crash import ROOT
-from .real_input import _machine as machine
-from .real_input import _write as write
+from .small import ROOT, environment, machine, recipe, write
 
 EVERY = 5.0  # seconds
 SAVE_EVERY, EVALUATE_EVERY, KEEP = 50, 500, 3
-RECIPE = f"""\
-name: long
-model: {{base: "embedded:shell"}}
-data:
-  sources: [{{path: "{ROOT}/fitout/demo/data/questions.json"}}]
-  split: {{train: 0.8, validation: 0.1, test: 0.1}}
-  max_length: 128
-method: {{kind: lora, rank: 8, alpha: 16, dropout: 0.05}}
-train: {{max_steps: 1000000, batch_size: 8, lr: 1e-5, precision: fp32, save_every: {SAVE_EVERY}, keep_last: {KEEP},
-  evaluate_every: {EVALUATE_EVERY}, listeners: [tensorboard]}}
-evaluate: {{metrics: [exact_match], retention: "off", max_new_tokens: 4, limit: 8}}
-export: {{merge: false}}
-"""
+RECIPE = recipe(
+    "long",
+    "rank: 8, alpha: 16, dropout: 0.05",
+    f"max_steps: 1000000, lr: 1e-5, save_every: {SAVE_EVERY}, keep_last: {KEEP}, evaluate_every: {EVALUATE_EVERY}, "
+    "listeners: [tensorboard]",
+)
 
 
 def main() -> None:
@@ -59,9 +50,8 @@ def main() -> None:
     (work / "recipe.yaml").write_text(RECIPE)
     run = work / "run"
     command = [sys.executable, "-m", "fitout.cli.app", "run", str(work / "recipe.yaml"), "--out", str(run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     with open(work / "run.log", "ab") as log:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log)
     seen = watch(process, run, asked.seconds)
     if process.poll() is not None or len(seen) < 10:
         process.kill()

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -24,11 +23,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from .small import environment, machine, write
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("FITOUT_SHARED", ROOT.parent / "shared"))
@@ -101,7 +101,7 @@ def main() -> None:
         for what, held in done[case.name]["checks"].items():
             print(f"  {'ok  ' if held else 'FAIL'} {what}", flush=True)
         ordered = {known_case.name: done[known_case.name] for known_case in known if known_case.name in done}
-        _write(out, {"machine": _machine(arguments.threads), "cases": ordered})
+        write(out, {"machine": machine(arguments.threads), "cases": ordered})
     if not arguments.work:
         shutil.rmtree(work)
     failed = [f"{case.name}: {what}" for case in wanted for what, held in done[case.name]["checks"].items() if not held]
@@ -171,7 +171,9 @@ def _write_texts(folder: Path, case: Case) -> None:
 
 
 def _fitout(recipe: Path, run: Path, threads: int, changes: list[str] | None = None) -> None:
-    done = subprocess.run(_command(recipe, run, changes), env=_environment(threads), capture_output=True, text=True)
+    done = subprocess.run(
+        _command(recipe, run, changes), env=environment(threads, COLUMNS="120"), capture_output=True, text=True
+    )
     run.with_suffix(".log").write_text(done.stdout + done.stderr)
     if done.returncode:
         sys.exit(f"fitout run {recipe} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
@@ -180,13 +182,6 @@ def _fitout(recipe: Path, run: Path, threads: int, changes: list[str] | None = N
 def _command(recipe: Path, run: Path, changes: list[str] | None = None) -> list[str]:
     sets = [word for change in changes or [] for word in ("--set", change)]
     return [sys.executable, "-m", "fitout.cli.app", "run", str(recipe), "--out", str(run), *sets]
-
-
-def _environment(threads: int) -> dict[str, str]:
-    return {
-        **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT), "COLUMNS": "120",
-    }  # fmt: skip
 
 
 # what a run says, and what the files say
@@ -242,7 +237,7 @@ def _evaluation(run: Path) -> dict[str, Any]:
 
 def _judged_by_plain_tools(case: Case, run: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.side_plain", str(MODELS / case.base), str(run)]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(1), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(COLUMNS="120"), capture_output=True, text=True)
     if done.returncode:
         return {"error": done.stderr[-1000:]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -275,7 +270,9 @@ def _kills(case: Case, recipe: Path, run: Path, threads: int) -> list[dict[str, 
 def _kill_at(step: int, recipe: Path, run: Path, threads: int) -> int:
     """Starts a run, kills it when its log shows `step`, and says at which step it really was."""
     with open(run.with_suffix(".log"), "wb") as log:
-        process = subprocess.Popen(_command(recipe, run, FREE), env=_environment(threads), stdout=log, stderr=log)
+        process = subprocess.Popen(
+            _command(recipe, run, FREE), env=environment(threads, COLUMNS="120"), stdout=log, stderr=log
+        )
         while _last_step(run) < step:
             if process.poll() is not None:
                 sys.exit(f"the run ended by itself before step {step}: see {log.name}")
@@ -323,19 +320,6 @@ def _checks(case: Case, result: dict[str, Any]) -> dict[str, bool]:
         checks["killed and run again = left alone, byte by byte"] = all(kill["same_weights"] for kill in kills)
         checks["killed and run again: the same losses"] = all(kill["same_losses"] for kill in kills)
     return checks
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    with open("/proc/cpuinfo") as info:
-        name = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
-    packages = ("torch", "transformers", "peft")
-    when = time.strftime("%Y-%m-%d %H:%M")
-    return {"processor": name, "threads": threads, "when": when, **{p: version(p) for p in packages}}
-
-
-def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -267,9 +267,6 @@ def _row(result: dict[str, Any], side: str) -> str:
     )
 
 
-# survival
-
-
 def _stacked(result: dict[str, Any]) -> str:
     machine = result["machine"]
     rows = []
@@ -282,6 +279,9 @@ def _stacked(result: dict[str, Any]) -> str:
     return f"{head}\n\n{table}"
 
 
+# survival
+
+
 def _survival(results: dict[str, Any]) -> str:
     rows = [row for name, result in results.items() for row in SURVIVED[name](result)]
     machines = {name: result["machine"] for name, result in results.items()}
@@ -291,7 +291,11 @@ def _survival(results: dict[str, Any]) -> str:
 
 
 def _kills(result: dict[str, Any]) -> Iterable[str]:
-    names = {"fitout": "Fitout", "trainer": "transformers' Trainer"}
+    names = {
+        "fitout": "Fitout",
+        "fitout aside": "Fitout, saving by a thread as on a GPU",
+        "trainer": "transformers' Trainer",
+    }
     for side, name in ((side, names[side]) for side in result["sides"]):
         trials = result["sides"][side]["trials"]
         into_saves = sum(trial["in_save"] for trial in trials)

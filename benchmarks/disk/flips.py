@@ -17,8 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..real_input import _machine as machine
-from ..real_input import _write as write
+from ..small import machine, write
 from .run import SAVE_EVERY, STEPS, build, fitout, fresh
 
 

@@ -25,8 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..real_input import _machine as machine
-from ..real_input import _write as write
+from ..small import machine, write
 from .run import SAVE_EVERY, STEPS, adapter, build, fitout, fresh, half_written, sha256
 
 

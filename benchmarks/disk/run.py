@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from ..small import ROOT, environment, recipe
+
 STEPS, SAVE_EVERY = 8, 2
-RECIPE = f"""\
-name: disk
-model: {{base: "embedded:shell"}}
-data:
-  sources: [{{path: "{ROOT}/fitout/demo/data/questions.json"}}]
-  split: {{train: 0.8, validation: 0.1, test: 0.1}}
-  max_length: 128
-method: {{kind: lora, rank: 4, alpha: 8, dropout: 0.05}}
-train: {{max_steps: {STEPS}, batch_size: 8, lr: 1.0e-3, precision: fp32, save_every: {SAVE_EVERY}, evaluate_every: 4}}
-evaluate: {{metrics: [exact_match], retention: "off", max_new_tokens: 4, limit: 8}}
-export: {{merge: false}}
-"""
+RECIPE = recipe(
+    "disk",
+    "rank: 4, alpha: 8, dropout: 0.05",
+    f"max_steps: {STEPS}, lr: 1.0e-3, save_every: {SAVE_EVERY}, evaluate_every: 4",
+)
 
 
 def build(work: Path) -> Path:
@@ -37,16 +30,14 @@ def build(work: Path) -> Path:
 
 def fitout(work: Path, run: Path, changes: tuple[str, ...] = (), **shim: str | int | Path) -> tuple[int, str]:
     """`fitout run` into `run`, with what the shim is told (SHIM_ is put before each name); exit code and output."""
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT), "COLUMNS": "400",
-    }  # fmt: skip
+    told = {f"SHIM_{name.upper()}": str(value) for name, value in shim.items()}
     if shim:
-        environment |= {"LD_PRELOAD": str(work / "shim.so"), "SHIM_ROOT": str(run)}
-        environment |= {f"SHIM_{name.upper()}": str(value) for name, value in shim.items()}
+        told |= {"LD_PRELOAD": str(work / "shim.so"), "SHIM_ROOT": str(run)}
     sets = [word for change in changes for word in ("--set", change)]
     command = [sys.executable, "-m", "fitout.cli.app", "run", str(work / "recipe.yaml"), "--out", str(run), *sets]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run(
+        command, env=environment(COLUMNS="400", **told), capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
     return done.returncode, done.stdout + done.stderr
 
 

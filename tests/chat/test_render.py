@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fitout.chat import ChatSettings
-from fitout.chat.render import _Rendered
+from fitout.chat.render import _Rendered, _token_at
 from fitout.chat.types import Message, Text
 from fitout.errors import ModelError, TemplateError
 from fitout.model.load import SHELL
@@ -334,3 +334,13 @@ def test_a_token_is_trained_when_its_characters_overlap_the_turn(case, seed):
     tokens = chat._tokens(_Rendered(text, spans), encoding, HERE)
     want = [any(first < end and last > start for start, end in spans) for first, last in encoding.offsets]
     assert list(tokens.train_on) == want and 0 < sum(want) < len(want)
+
+
+def test_characters_that_no_token_covers():
+    """A tokenizer that throws blanks away: the next token is the first that ends behind one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoding = tokenizer.encode("a  b  a ")
+    assert [_token_at(encoding, at, 0, 3) for at in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]
