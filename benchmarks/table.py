@@ -49,6 +49,7 @@ def main() -> None:
     _put("survival", [_survival(lost)] if lost else [], RELIABILITY)
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
     _put("memory", [_memory(result) for result in full if result.get("kind") == "memory"], SPEED)
+    _put("attention", [_attention(result) for result in full if result.get("kind") == "attention"], SPEED)
     _put("shared input", [_stacked(r) for r in full if r.get("kind") == "shared input"], SPEED)
     _put("compare", [_compared(result) for result in compared], METHODS)
 
@@ -265,6 +266,21 @@ def _row(result: dict[str, Any], side: str) -> str:
         f"| {mid('start_to_first_step_s'):.1f} s | {ratio('start_to_first_step_s')} "
         f"| {format(parity['largest_gap'], '.1e') if parity else ''} |"
     )
+
+
+def _attention(result: dict[str, Any]) -> str:
+    """Milliseconds by PyTorch's kernel and how many times as fast tiles are, in bold where Fitout takes them."""
+    machine, points = result["machine"], result["points"]
+    kinds = list(dict.fromkeys((p["heads"], p["key_heads"], p["width"], p["type"]) for p in points))
+    cells: dict[int, list[str]] = {}
+    for point in points:
+        ratio = f"{point['ms']['kernel'] / point['ms']['tiles']:.2f}"
+        ratio = f"**{ratio}**" if point["taken"] == "tiles" else ratio
+        cells.setdefault(point["length"], []).append(f"{point['ms']['kernel']:.1f} ms, {ratio}")
+    rows = [f"| {length:,} | {' | '.join(its)} |" for length, its in cells.items()]
+    head = " | ".join(f"{heads}/{keys} heads of {width}, {kind}" for heads, keys, width, kind in kinds)
+    title = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
+    return f"{title}\n\n{_lines(f'| tokens | {head} |', rows)}"
 
 
 def _stacked(result: dict[str, Any]) -> str:

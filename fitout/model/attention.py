@@ -2,8 +2,8 @@
 
 Every architecture that calls transformers' attention interface can use it: the forward passes `segments=...` through to
 each layer, no mask is made, and each document attends to itself (causally) and to the documents it continues (fully).
-On CPU this is one call of PyTorch's kernel a segment, and one more for everything that looks back at a shared segment:
-no work between documents, no mask, no copy of a shared prefix's keys (measured in ../benchmarks).
+On CPU this is one call (tiles.py) a segment, and one more for everything that looks back at a shared segment: no work
+between documents, no mask, no copy of a shared prefix's keys (measured in ../benchmarks).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..layout import Segment
-from . import varlen
+from . import tiles, varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 NAME = "fitout"
 NOT_COMPUTED = ("position_bias", "sinks", "indices", "block_indices")  # what some architectures hand to their attention
 UNLIKE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest logit, by rounding alone
-WIDE_BACKWARD = (
-    512  # tokens; up to here the CPU's backward is faster in fp32 than in bf16, casts included (96: 3 times)
-)
 
 
 def packed_attention(
@@ -71,7 +68,8 @@ def packed_attention(
     if query.device.type == "cpu" and not dropout and not windowed:
         if torch.is_autocast_enabled("cpu"):  # which casts for PyTorch's own attention, but not inside a function
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-        return _Documents.apply(query, key, value, segments, scaling), None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _Documents.apply(query, key, value, segments, scale), None
     if not dropout and varlen.serves(query, key, sliding_window):
         return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
     return _piece_by_piece(
@@ -92,7 +90,7 @@ def _piece_by_piece(
 ) -> tuple[Tensor, None]:
     """One call a segment, on the keys of its ancestors and itself; the mask is None where it is the causal one."""
     groups = query.shape[1] // key.shape[1]
-    key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
+    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     lengths = [segment.length for segment in segments]
     queries, keys, values = query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)
     outputs = []
@@ -133,22 +131,18 @@ class _Documents(torch.autograd.Function):
     """Attention of documents and trees of them, on a CPU: each segment causally to itself, and all that continues it
     fully to it.
 
-    PyTorch's own kernels, called on slices of one block, so that nothing is split, joined or zeroed around them, and
-    shared key/value heads are repeated for one segment at a time. What a token sees in several segments is put together
-    by the logarithms of the softmax denominators (Milakov and Gimelshein, arXiv 1805.02867); with the joint denominator
-    and output the kernel's backward gives each segment's share of the gradients.
+    Called on slices of one block, so that nothing is split, joined or zeroed around them. What a token sees in several
+    segments is put together by the logarithms of the softmax denominators (Milakov and Gimelshein, arXiv 1805.02867);
+    with the joint denominator and output each segment's share of the gradients follows.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None):
-        batch, heads, length, width = query.shape
-        out = query.new_empty(batch, heads, length, value.shape[-1])
-        norm = torch.empty(batch, heads, length, dtype=torch.float32)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float):
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        norm = torch.empty(query.shape[:-1], dtype=torch.float32)
 
         def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
-            q = query[:, :, queries]
-            k, v = (_repeat_heads(x[:, :, keys], heads // x.shape[1]) for x in (key, value))
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+            return tiles.attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], causal, scale)
 
         for s in segments:
             own = slice(s.start, s.end)
@@ -165,29 +159,21 @@ class _Documents(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         query, key, value, out, norm = ctx.saved_tensors
-        grad, heads = grads[0].transpose(1, 2), query.shape[1]
+        grad = grads[0].transpose(1, 2)
 
-        def slopes(queries: slice, keys: slice, causal: bool) -> list[Tensor]:
-            part = [x[:, :, queries] for x in (grad, query, out)]
-            part[2:2] = [_repeat_heads(x[:, :, keys], heads // x.shape[1]) for x in (key, value)]
-            if query.dtype == torch.bfloat16 and queries.stop - queries.start <= WIDE_BACKWARD:
-                part = [x.float() for x in part]
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *part, norm[:, :, queries], 0.0, causal, scale=ctx.scale
-            )
-            return [
-                slope if slope.shape[1] == whole.shape[1] else slope.unflatten(1, (whole.shape[1], -1)).sum(2)
-                for whole, slope in zip((query, key, value), found, strict=True)
-            ]
+        def slopes(queries: slice, keys: slice, causal: bool, alone: bool) -> list[Tensor]:
+            g, q, o, n = (x[:, :, queries] for x in (grad, query, out, norm))
+            k, v = (x[:, :, keys] for x in (key, value))
+            return tiles.slopes(g, q, k, v, o, n, causal, ctx.scale, alone)
 
         results = [torch.empty_like(x) for x in (query, key, value)]
         for s in ctx.segments:
             own = slice(s.start, s.end)
-            for whole, slope in zip(results, slopes(own, own, True), strict=True):
+            for whole, slope in zip(results, slopes(own, own, True, s.parent < 0), strict=True):
                 whole[:, :, own] = slope
         for s, later in _looked_back_at(ctx.segments):
             seen = slice(s.start, s.end)
-            for whole, at, slope in zip(results, (later, seen, seen), slopes(later, seen, False), strict=True):
+            for whole, at, slope in zip(results, (later, seen, seen), slopes(later, seen, False, False), strict=True):
                 whole[:, :, at] += slope
         return *results, None, None
 
@@ -200,13 +186,6 @@ def _looked_back_at(segments: Sequence[Segment]) -> list[tuple[Segment, slice]]:
         if parent >= 0:
             behind[parent] += segments[index].length + behind[index]
     return [(s, slice(s.end, s.end + tokens)) for s, tokens in zip(segments, behind, strict=True) if tokens]
-
-
-def _repeat_heads(states: Tensor, groups: int) -> Tensor:
-    if groups == 1:
-        return states
-    batch, heads, length, width = states.shape
-    return states[:, :, None].expand(batch, heads, groups, length, width).reshape(batch, heads * groups, length, width)
 
 
 def _lineage(segments: Sequence[Segment], index: int) -> list[int]:
