@@ -40,7 +40,7 @@ ELSEWHERE = {  # what has an environment of its own: its module here, its defaul
     "torchtune": ("side_torchtune", "per=2", ("torchtune", "torch", "torchao")),
 }
 SPEED = ("flops_per_second", "matmul_peak")  # of a whole training, as Fitout tells them
-BF16_BASE = "base=bf16"  # under autocast: spares the cast of every frozen weight in every forward
+BF16_BASE = "base=bf16"  # of frozen weights: spares their cast in every forward (trained ones would lose small updates)
 
 
 def main() -> None:
@@ -97,9 +97,13 @@ def _arguments() -> argparse.Namespace:
         asked.steps, asked.rounds, asked.warmup = 3, 1, 1
     if asked.steps <= asked.warmup:
         parser.error("--steps must be larger than --warmup")
-    if asked.precision == "bf16" and "base=" not in asked.best:
+    if _stored_in_bf16(asked) and "base=" not in asked.best:
         asked.best += "," + BF16_BASE
     return asked
+
+
+def _stored_in_bf16(asked: argparse.Namespace) -> bool:
+    return asked.precision == "bf16" and asked.method == "lora"
 
 
 def round_of(
@@ -160,7 +164,7 @@ def _tune(folder: Path, work: dict[str, Any], asked: argparse.Namespace) -> tupl
     """Each candidate once; the fastest that sees the same rows."""
     speeds = {}
     for options in CANDIDATES:
-        options += f",{BF16_BASE}" if asked.precision == "bf16" else ""
+        options += f",{BF16_BASE}" if _stored_in_bf16(asked) else ""
         run = measure(folder, work, options, options, asked.warmup)
         if run["same_rows"]:
             speeds[options] = run["supervised_tokens_per_second"]

@@ -22,7 +22,9 @@ import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +101,34 @@ def _measure(folder: Path, side: str, python: str) -> dict[str, Any]:
 
 def _side(side: str, folder: Path, out: Path) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", DISABLE_VERSION_CHECK="1")
+    peak = _watched()
     work = {"trl": _trl, "llama-factory": _llama_factory, "tokenizer": _tokenizer}.get(side)
     told = work(folder) if work else _fitout(folder, plain=side == "fitout plain")
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    told["peak_memory_mb"] = max(own.ru_maxrss, children.ru_maxrss) >> 10
+    told["peak_memory_mb"] = max(own.ru_maxrss >> 10, peak[0] >> 20)
     told["cpu_s"] = round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 1)
     out.write_text(json.dumps(told))
+
+
+def _watched() -> list[int]:
+    """[the largest sum of bytes that this process and those it started held at once], looked at all the time; memory
+    that several share counts once (PSS)."""
+    peak = [0]
+
+    def held(process: Path) -> int:
+        with suppress(OSError):  # it has just ended
+            children = (process / "task" / process.name / "children").read_text().split()
+            own = next(line for line in (process / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+            return int(own.split()[1]) * 1024 + sum(held(Path("/proc") / child) for child in children)
+        return 0
+
+    def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], held(Path("/proc") / str(os.getpid())))
+            time.sleep(0.5)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return peak
 
 
 def _timed(work: Any) -> tuple[Any, float]:

@@ -41,9 +41,12 @@ def asked(folder: Path, text: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 def training(folder: Path, work: dict[str, Any], options: dict[str, str]) -> dict[str, Any]:
     """What transformers' TrainingArguments are told, whichever program they are of."""
+    import torch
+
     per = int(options["per"])
     return {
         "output_dir": str(folder / "peer"),
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": work["precision"] == "bf16",
         "per_device_train_batch_size": per,
         "gradient_accumulation_steps": work["batch"] // per,
@@ -61,7 +64,6 @@ def training(folder: Path, work: dict[str, Any], options: dict[str, str]) -> dic
 
 
 def _trainer(folder: Path, work: dict[str, Any], options: dict[str, str]) -> tuple[Any, Any, list[dict[str, Any]]]:
-    import torch
     from datasets import Dataset
 
     steps = read_steps(folder, sort=options["sort"] == "1")
@@ -69,7 +71,6 @@ def _trainer(folder: Path, work: dict[str, Any], options: dict[str, str]) -> tup
     data = Dataset.from_dict({"input_ids": [r["ids"] for r in rows], "completion_mask": [r["mask"] for r in rows]})
     common = {
         **training(folder, work, options),
-        "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": options["recompute"] == "1",
         "train_sampling_strategy": "sequential",
         "use_liger_kernel": options["liger"] == "1",

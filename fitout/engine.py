@@ -230,7 +230,7 @@ class Engine:
 
     def _text_ids(self, text: str) -> list[int]:
         """A plain text as pretraining spells it, but open at its end."""
-        ids = self.chat.text_ids([Text(text, Origin("text", 1))])[0].ids
+        ids = list(self.chat.text_ids([Text(text, Origin("text", 1))])[0].ids)
         return ids[:-1] if ids and ids[-1] == self.chat.tokenizer.eos_token_id else ids
 
     def _end_ids(self) -> tuple[int, ...]:
@@ -389,7 +389,7 @@ class Engine:
         asked = tuple(replace(message, train=False) for message in messages)
         origin = prompt.origin if isinstance(prompt, Conversation) else Origin("choose", 1)
         whole = [Conversation((*asked, Message("assistant", answer)), origin, tuple(tools)) for answer in answers]
-        return [(tokens.ids, tokens.train_on) for (tokens,) in self.chat.render_many(whole)]
+        return [(list(tokens.ids), tokens.train_on) for (tokens,) in self.chat.render_many(whole)]
 
     def _score(self, rows: _Rows, continuations: list[list[int]]) -> list[list[float]]:
         """For each row, the log-probability of every id of its continuation after the first: (B, lengths - 1)."""

@@ -7,21 +7,26 @@ about a template, and training and inference cannot drift apart.
 
 from __future__ import annotations
 
+import os
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import TemplateError, TemplateLimitError
 from . import ChatSettings
-from .sandbox import Ask, renderer
+from .render_worker import Span, divided, trained
+from .sandbox import Ask, Crew, Renderer, Rewritten, renderer
 from .tokenizer import LoadedTokenizer, load_tokenizer
 from .types import Conversation, Message, Origin, Text, Tokens
 
 SWITCH = re.compile(r"\b(\w*think\w*)\s+is\s+(?:not\s+)?defined\b")  # as Qwen's and its relatives' templates spell it
+FEW = 5000  # conversations, for which it does not pay to start more processes
+MOST = 8  # processes; with more the one that gives them work is the slower
 SAMPLE = (Message("user", "Which way is north?"), Message("assistant", "That way."))
 
 
@@ -30,7 +35,7 @@ class _Rendered:
     """A rendered string and the character spans [start, end) of its supervised turns."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
 
 
 class Chat:
@@ -80,6 +85,48 @@ class Chat:
     def render_many(self, conversations: Sequence[Conversation]) -> list[list[Tokens]]:
         """`render` for many at once (the tokenizer then uses every core)."""
         return self.encode(conversations, self.strings(conversations))
+
+    def render_all(
+        self, batches: Iterable[Sequence[Conversation]], count: int
+    ) -> Iterator[list[list[Tokens] | TemplateError]]:
+        """`render` for each of `count` conversations, or why the template refuses it, batch by batch and in order.
+        Where they are many, some processes render and encode batches ahead of what is taken."""
+        if count < FEW:
+            yield from map(self._each, batches)
+            return
+        processes = min(MOST, len(os.sched_getaffinity(0)))
+        with Crew(processes, self.tokenizer.backend_tokenizer.to_str(), self.control_ids) as crew:
+            ahead: deque[Future[list[list[Tokens] | TemplateError]]] = deque()
+            for batch in batches:
+                ahead.append(crew.submit(partial(self._each_by, batch)))
+                if len(ahead) > 2 * processes:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def _each(self, batch: Sequence[Conversation]) -> list[list[Tokens] | TemplateError]:
+        try:
+            return [*self.render_many(batch)]
+        except TemplateError:
+            return [self._one(talk) for talk in batch]
+
+    def _one(self, talk: Conversation) -> list[Tokens] | TemplateError:
+        try:
+            return self.render(talk)
+        except TemplateError as error:
+            return error
+
+    def _each_by(self, batch: Sequence[Conversation], by: Renderer) -> list[list[Tokens] | TemplateError]:
+        """`_each` by a process that encodes."""
+        found: list[list[Tokens] | TemplateError] = []
+        for answer, talk in zip(self._of_all(batch, by.encode), batch, strict=True):
+            if isinstance(answer, Rewritten):
+                found.append(self._rewritten())
+            elif isinstance(answer, TemplateError):
+                found.append(self._refused(answer))
+            else:
+                found.append([Tokens(ids, train_on, talk.origin) for ids, train_on in answer])
+        return found
 
     def encode(self, conversations: Sequence[Conversation], rendered: Sequence[list[_Rendered]]) -> list[list[Tokens]]:
         """The samples that conversations give, from what `strings` made of them."""
@@ -142,15 +189,15 @@ class Chat:
             raise found
         return found[0]
 
-    def _ask(self, asks: Sequence[Ask]) -> list[list[str] | TemplateError]:
-        """Strings by template, rendered elsewhere (see sandbox.py)."""
+    def _ask(self, asks: Sequence[Ask], by: Callable[..., list[Any]] | None = None) -> list[Any]:
+        """What the process that renders (see sandbox.py) makes of each, or the TemplateError of what it refuses."""
         own = self.tokenizer
         template = [own.get_chat_template(None, ask.tools or None) for ask in asks]  # some have one for tools
         found: list[Any] = [None] * len(asks)
         for one in dict.fromkeys(template):
             places = [at for at, its in enumerate(template) if its == one]
             try:
-                answers = renderer().render(one, own.special_tokens_map, [asks[at] for at in places])
+                answers = (by or renderer().render)(one, own.special_tokens_map, [asks[at] for at in places])
             except TemplateLimitError as error:
                 error.place = places[error.place]
                 raise
@@ -162,52 +209,51 @@ class Chat:
         self, asked: Sequence[tuple[Sequence[Message], Sequence[dict], Sequence[tuple[int, bool]]]]
     ) -> list[list[str]]:
         """Strings of (messages, tools, cuts), as `Ask` has them."""
-        asks = [Ask([message.as_dict() for message in messages], tools, cuts) for messages, tools, cuts in asked]
-        found = []
-        for answer in self._ask(asks):
-            if isinstance(answer, TemplateError):
-                raise TemplateError(
-                    f"the chat template ({self.template_name}) does not render: {answer.message}",
-                    harm="These messages cannot be turned into what the model reads.",
-                    hint="Correct the template or the messages, or set chat.template: plain.",
-                )
-            found.append(answer)
+        found = self._ask([Ask([one.as_dict() for one in messages], tools, cuts) for messages, tools, cuts in asked])
+        refused = next((answer for answer in found if isinstance(answer, TemplateError)), None)
+        if refused:
+            raise self._refused(refused)
         return found
 
-    def strings(self, conversations: Sequence[Conversation]) -> list[list[_Rendered]]:
-        """The strings to encode of each conversation. Where every turn's prompt is a beginning of the whole, that is
-        one string; otherwise the template rewrites history, and each supervised turn gets the context it will see at
-        inference."""
-        supervised = [
-            [i for i, m in enumerate(one.messages) if m.role == "assistant" and m.train] for one in conversations
-        ]
-        asked = []
-        for one, turns in zip(conversations, supervised, strict=True):
-            cuts = [(len(one.messages), False), *(cut for turn in turns for cut in ((turn, True), (turn + 1, False)))]
-            asked.append((one.messages, one.tools, cuts))
+    def _of_all(self, conversations: Sequence[Conversation], by: Callable[..., list[Any]] | None = None) -> list[Any]:
+        """The whole of each conversation and, for each supervised turn, its prompt and the string up to its end (or
+        what `by` makes of them)."""
+        asks = []
+        for one in conversations:
+            turns = [at for at, message in enumerate(one.messages) if message.role == "assistant" and message.train]
+            cuts = [(len(one.messages), False), *(cut for at in turns for cut in ((at, True), (at + 1, False)))]
+            asks.append(Ask([message.as_dict() for message in one.messages], one.tools, cuts))
         try:
-            strings = self._render(asked)
+            return self._ask(asks, by)
         except TemplateLimitError as error:
             error.where = str(conversations[error.place].origin)
             raise
-        return [self._divide(whole, rest) for whole, *rest in strings]
 
-    def _divide(self, whole: str, rest: Sequence[str]) -> list[_Rendered]:
-        """What is encoded, from the whole and for each supervised turn its prompt and the string up to its end."""
-        turns = list(zip(rest[::2], rest[1::2], strict=True))
-        if all(whole.startswith(upto) and upto.startswith(prompt) for prompt, upto in turns):
-            return [_Rendered(whole, tuple((len(prompt), len(upto)) for prompt, upto in turns))]
-        return [self._last_turn(prompt, upto) for prompt, upto in turns]
+    def strings(self, conversations: Sequence[Conversation]) -> list[list[_Rendered]]:
+        """The strings to encode of each conversation (`render_worker.divided`)."""
+        found = []
+        for answer in self._of_all(conversations):
+            if isinstance(answer, TemplateError):
+                raise self._refused(answer)
+            try:
+                found.append([_Rendered(*one) for one in divided(answer[0], answer[1:])])
+            except ValueError:
+                raise self._rewritten() from None
+        return found
 
-    def _last_turn(self, prompt: str, whole: str) -> _Rendered:
-        """A conversation of which only the last turn is supervised."""
-        if not whole.startswith(prompt):
-            raise TemplateError(
-                f"the chat template ({self.template_name}) writes a finished turn differently from its own prompt",
-                harm="The model would be trained on text that it never sees at inference.",
-                hint=f"Try chat.template_kwargs: {{{self._switch()}: true}} (or false), or another template.",
-            )
-        return _Rendered(whole, ((len(prompt), len(whole)),))
+    def _refused(self, error: TemplateError) -> TemplateError:
+        return TemplateError(
+            f"the chat template ({self.template_name}) does not render: {error.message}",
+            harm="These messages cannot be turned into what the model reads.",
+            hint="Correct the template or the messages, or set chat.template: plain.",
+        )
+
+    def _rewritten(self) -> TemplateError:
+        return TemplateError(
+            f"the chat template ({self.template_name}) writes a finished turn differently from its own prompt",
+            harm="The model would be trained on text that it never sees at inference.",
+            hint=f"Try chat.template_kwargs: {{{self._switch()}: true}} (or false), or another template.",
+        )
 
     def _switch(self) -> str:
         """A variable by which the template asks whether the model thinks aloud."""
@@ -216,28 +262,15 @@ class Chat:
     def _sample(self) -> tuple[_Rendered, str]:
         """SAMPLE with its last turn supervised, and its prompt."""
         [[whole, prompt]] = self._render([(SAMPLE, (), [(2, False), (1, True)])])
-        return self._last_turn(prompt, whole), prompt
+        if not whole.startswith(prompt):
+            raise self._rewritten()
+        return _Rendered(whole, ((len(prompt), len(whole)),)), prompt
 
     def _encode(self, texts: list[str]) -> list[Any]:
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def _tokens(self, rendered: _Rendered, encoding: Any, origin: Origin) -> Tokens:
-        """A token is of a turn when its characters overlap the turn's. Where they are is asked of a few tokens only:
-        the offsets of all would take as long to hand over as a third of the encoding."""
-        ids = encoding.ids
-        train_on = bytearray(len(ids))
-        at = 0
-        for start, end in rendered.spans:
-            first = _token_at(encoding, start, at, len(ids))
-            at = _token_at(encoding, end, first, len(ids))
-            while at < len(ids) and encoding.token_to_chars(at)[0] < end:  # it goes over the end
-                at += 1
-            stop = at  # leave out what the template writes after the end of the turn: no engine generates it
-            while stop > first and ids[stop - 1] not in self.control_ids:
-                stop -= 1
-            stop = stop if stop > first else at
-            train_on[first:stop] = b"\1" * (stop - first)
-        return Tokens(ids, train_on, origin)
+        return Tokens(encoding.ids, trained(encoding, rendered.spans, self.control_ids), origin)
 
     def _end_of_turn(self, rendered: _Rendered) -> int | None:
         """The control token that ends the supervised turn, if the template writes one."""
@@ -281,14 +314,6 @@ class Chat:
                 harm="At inference the prompt is encoded alone: the model would meet ids it was not trained on.",
                 hint="End the template's generation prompt with a newline or a control token.",
             )
-
-
-def _token_at(encoding: Any, character: int, low: int, high: int) -> int:
-    """The first token from `low` on that ends behind a character; `high`, their number, where there is none."""
-    found = encoding.char_to_token(character)
-    if found is not None and found >= low:
-        return found
-    return bisect_right(range(high), character, low, key=lambda place: encoding.token_to_chars(place)[1])
 
 
 def texts_in(value: Any) -> Iterator[str]:

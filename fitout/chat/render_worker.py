@@ -1,9 +1,11 @@
-"""The other side of sandbox.py: a process that renders chat templates under limits. Run by its path, never imported.
+"""The other side of sandbox.py: a process that renders chat templates under limits, and encodes what they gave where
+it was handed a tokenizer. Run by its path.
 
-It imports the standard library and transformers' own rendering (jinja2's immutable sandbox), nothing of Fitout. Frames
-on standard input and output: eight bytes of length, then JSON. A request is a batch; each of its conversations gets a
-frame of its own as answer. They are sent in bulk, or one by one where that is asked: then the other side knows which
-one a limit was for.
+It imports the standard library, transformers' own rendering (jinja2's immutable sandbox) and tokenizers, nothing of
+Fitout; what both sides do with strings and encodings (`divided`, `trained`) stands here. Frames on standard input and
+output: eight bytes of length, then JSON, or numbers behind a zero byte. A request is a batch; each of its conversations
+gets a frame of its own as answer. They are sent in bulk, or one by one where that is asked: then the other side knows
+which one a limit was for.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ import resource
 import signal
 import sys
 import time
+from array import array
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from typing import Any, BinaryIO
 
+Span = tuple[int, int]
 LONGEST = 1.0  # seconds that an answer is held back, at most
 
 
@@ -29,6 +35,11 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    handed = receive(requests)  # what encodes, if anything
+    if handed is not None and handed["tokenizer"]:
+        from tokenizers import Tokenizer
+
+        tokenizer, control = Tokenizer.from_str(handed["tokenizer"]), frozenset(handed["control"])
     _limit(megabytes)
     send(answers, {"ready": True})
     answers.flush()
@@ -40,6 +51,9 @@ def main() -> None:
                 answer: Any = rendered(
                     render_jinja_template, request["template"], request["variables"], messages, tools, cuts, characters
                 )
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                if request["encode"]:
+                    answer = encoded(answer, tokenizer, control)
             except MemoryError:
                 answer = {"limit": f"more than {megabytes} MB of memory"}
             except Exception as error:  # whatever a template does is a fault of the template
@@ -89,8 +103,70 @@ def rendered(
     return [first, *(len(text) if first.startswith(text) else text for text in rest)]
 
 
+def encoded(texts: list[Any], tokenizer: Any, control: Collection[int]) -> bytes | dict[str, str]:
+    """The samples of a conversation, each its number of ids, the ids and which of them are trained."""
+    first, *rest = texts  # strings, or the length of one that is a beginning of the first
+    try:
+        strings = divided(first, [first[:one] if isinstance(one, int) else one for one in rest])
+    except ValueError as error:
+        return {"rewritten": str(error)}
+    frame = [b"\0"]
+    for text, spans in strings:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        ids = array("i", encoding.ids)
+        frame += [len(ids).to_bytes(8, "little"), ids.tobytes(), trained(encoding, spans, control)]
+    return b"".join(frame)
+
+
+# what both sides do with strings and encodings
+
+
+def divided(whole: str, rest: Sequence[str]) -> list[tuple[str, tuple[Span, ...]]]:
+    """The strings to encode and the character spans [start, end) of their supervised turns, from the whole and for each
+    supervised turn its prompt and the string up to its end. One string where every turn's prompt is a beginning of the
+    whole; otherwise the template rewrites history, and each supervised turn gets the context it will see at inference.
+    Raises ValueError where a finished turn does not begin with its own prompt.
+    """
+    turns = list(zip(rest[::2], rest[1::2], strict=True))
+    if all(whole.startswith(upto) and upto.startswith(prompt) for prompt, upto in turns):
+        return [(whole, tuple((len(prompt), len(upto)) for prompt, upto in turns))]
+    if not all(upto.startswith(prompt) for prompt, upto in turns):
+        raise ValueError("a finished turn is written differently from its own prompt")
+    return [(upto, ((len(prompt), len(upto)),)) for prompt, upto in turns]
+
+
+def trained(encoding: Any, spans: Sequence[Span], control: Collection[int]) -> bytes:
+    """For each token 1 where its characters overlap a turn's span, else 0. Where they are is asked of a few tokens
+    only: the offsets of all would take as long to hand over as a third of the encoding."""
+    ids = encoding.ids
+    train_on = bytearray(len(ids))
+    at = 0
+    for start, end in spans:
+        first = _token_at(encoding, start, at, len(ids))
+        at = _token_at(encoding, end, first, len(ids))
+        while at < len(ids) and encoding.token_to_chars(at)[0] < end:  # it goes over the end
+            at += 1
+        stop = at  # leave out what the template writes after the end of the turn: no engine generates it
+        while stop > first and ids[stop - 1] not in control:
+            stop -= 1
+        stop = stop if stop > first else at
+        train_on[first:stop] = b"\1" * (stop - first)
+    return bytes(train_on)
+
+
+def _token_at(encoding: Any, character: int, low: int, high: int) -> int:
+    """The first token from `low` on that ends behind a character; `high`, their number, where there is none."""
+    found = encoding.char_to_token(character)
+    if found is not None and found >= low:
+        return found
+    return bisect_right(range(high), character, low, key=lambda place: encoding.token_to_chars(place)[1])
+
+
+# frames
+
+
 def send(file: BinaryIO, value: Any) -> None:
-    data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    data = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     file.write(len(data).to_bytes(8, "little") + data)
 
 

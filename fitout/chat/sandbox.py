@@ -6,7 +6,8 @@ of powers inside one call into C); the process does: a processor-time limit for 
 memory. One process serves all templates and all threads of this one, takes batches and answers in bulk, so a row costs
 a few microseconds more than rendering it here. Where it dies of a limit the rest of the batch is rendered again with an
 answer sent after each conversation, which tells the one that it was. It is started while torch is imported, or else
-when the first tokenizer is loaded.
+when the first tokenizer is loaded. For many rows there are several (`Crew`), which encode as well: then a row's string
+never leaves the process that made it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from ..errors import TemplateError, TemplateLimitError
 
+T = TypeVar("T")
 SECONDS = 5  # of processor time for one conversation; usual ones take milliseconds
 MEGABYTES = 512
 CHARACTERS = 50_000_000  # of one rendered string
@@ -43,10 +48,19 @@ class Ask:
     cuts: Sequence[tuple[int, bool]]
 
 
-class Renderer:
-    """The process that renders, started when needed and again after a limit ended it."""
+class Rewritten(TemplateError):
+    """A finished turn of the assistant that does not begin with the prompt that the model will see."""
 
-    def __init__(self) -> None:
+
+Encoded = list[tuple["array[int]", bytes]]  # ids of each sample, and which of them are trained
+
+
+class Renderer:
+    """The process that renders, started when needed and again after a limit ended it. Handed a tokenizer (its JSON) and
+    the ids of its control tokens, it encodes what it rendered."""
+
+    def __init__(self, tokenizer: str = "", control: Iterable[int] = ()) -> None:
+        self._handed = {"tokenizer": tokenizer, "control": list(control)}
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._held = bytearray()  # read and not taken yet
@@ -57,8 +71,9 @@ class Renderer:
         if self._process is None:
             limits = map(str, (SECONDS, MEGABYTES, CHARACTERS))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(WORKER), *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
+                [sys.executable, "-P", str(WORKER), *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            )  # fmt: skip
             self._ready = False
 
     def stop(self) -> None:
@@ -76,13 +91,21 @@ class Renderer:
 
         Raises TemplateLimitError, whose `place` is the conversation's, when one goes over a limit.
         """
-        done: list[list[str] | TemplateError] = []
+        return self._answers(template, variables, asks, encode=False)
+
+    def encode(self, template: str, variables: dict[str, Any], asks: Sequence[Ask]) -> list[Encoded | TemplateError]:
+        """The samples of each conversation, whose cuts are the whole and for each supervised turn its prompt and the
+        string up to its end; otherwise as `render`."""
+        return self._answers(template, variables, asks, encode=True)
+
+    def _answers(self, template: str, variables: dict[str, Any], asks: Sequence[Ask], *, encode: bool) -> list[Any]:
+        done: list[Any] = []
         with self._lock:
             died = one_by_one = False
             while len(done) < len(asks):
                 before = len(done)
                 try:
-                    self._batch(template, variables, asks[before:], done, one_by_one)
+                    self._batch(template, variables, asks[before:], done, one_by_one, encode)
                 except _Died as death:
                     self.stop()
                     if (death.limit and one_by_one) or (died and len(done) == before):
@@ -94,27 +117,33 @@ class Renderer:
         return done
 
     def _batch(
-        self, template: str, variables: dict[str, Any], asks: Sequence[Ask], done: list, one_by_one: bool
+        self, template: str, variables: dict[str, Any], asks: Sequence[Ask], done: list, one_by_one: bool, encode: bool
     ) -> None:
         """Sends the conversations and takes the answers as they come."""
         self.start()
         if not self._ready:
+            self._send(self._handed)
             self._receive()
             self._ready = True
         request = {
             "template": template,
             "variables": variables,
             "one_by_one": one_by_one,
+            "encode": encode,
             "asks": [(list(ask.messages), list(ask.tools) or None, list(ask.cuts)) for ask in asks],
         }
         self._send(request)
         for _ in asks:
             answer = self._receive()
-            if isinstance(answer, list):
+            if encode and isinstance(answer, list):
+                done.append(answer)
+            elif isinstance(answer, list):
                 first = answer[0]
                 done.append([first[:part] if isinstance(part, int) else part for part in answer])
             elif "limit" in answer:
                 raise _Died(answer["limit"])
+            elif "rewritten" in answer:
+                done.append(Rewritten(answer["rewritten"]))
             else:
                 done.append(TemplateError(answer["error"]))
 
@@ -129,7 +158,8 @@ class Renderer:
 
     def _receive(self) -> Any:
         size = int.from_bytes(self._read(8), "little")
-        return json.loads(self._read(size).decode("utf-8", "surrogatepass"))
+        frame = self._read(size)
+        return _samples(frame) if frame[:1] == b"\0" else json.loads(frame.decode("utf-8", "surrogatepass"))
 
     def _read(self, size: int) -> bytes:
         assert self._process is not None and self._process.stdout is not None
@@ -153,6 +183,50 @@ class Renderer:
         assert self._process is not None
         code = self._process.wait()
         return _Died(f"more than {SECONDS} s of processor time" if code == -signal.SIGPROF else None)
+
+
+def _samples(frame: bytes) -> Encoded:
+    found, at = [], 1
+    while at < len(frame):
+        count = int.from_bytes(frame[at : at + 8], "little")
+        at += 8
+        ids = array("i", frame[at : at + 4 * count])
+        at += 4 * count
+        found.append((ids, frame[at : at + count]))
+        at += count
+    return found
+
+
+class Crew:
+    """Several processes that render and encode, each called by a thread of its own."""
+
+    def __init__(self, count: int, tokenizer: str, control: Iterable[int]):
+        self.count = count
+        self._all = [Renderer(tokenizer, control) for _ in range(count)]
+        self._idle: SimpleQueue[Renderer] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(count)
+        for one in self._all:
+            one.start()
+            self._idle.put(one)
+
+    def submit(self, work: Callable[[Renderer], T]) -> Future[T]:
+        """Has `work` done with one of the processes."""
+        return self._threads.submit(self._with_one, work)
+
+    def _with_one(self, work: Callable[[Renderer], T]) -> T:
+        one = self._idle.get()
+        try:
+            return work(one)
+        finally:
+            self._idle.put(one)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for one in self._all:
+            one.stop()
 
 
 class _Died(Exception):

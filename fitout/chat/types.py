@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,10 +91,10 @@ class Tokens:
     `cut` are the ids that came after them and were left out because the sample was too long.
     """
 
-    ids: list[int]
+    ids: Sequence[int]
     train_on: bytes | bytearray
     origin: Origin
-    cut: list[int] = field(default_factory=list)
+    cut: Sequence[int] = ()
 
     @property
     def supervised(self) -> int:

@@ -14,12 +14,10 @@ import json
 import shutil
 import time
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
     from ..chat.render import Chat
 
 PLACED = 20_000  # training samples whose key information is located, where only the report asks for it
-RENDER = 1000  # conversations rendered at a time
+RENDER = 250  # conversations rendered at a time
 EXAMPLES = 8  # training samples that the page shows
 SHOWN = 6  # quarantined rows of a rule that the page shows
 Progress = Callable[[str, int], None]  # the stage, and how many samples it has done
@@ -686,41 +684,22 @@ def _render_part(
 def _tokenised(
     numbers: np.ndarray, rows: Rows, chat: Chat, wants: str
 ) -> Iterator[list[tuple[int, Sample, list[Tokens] | TemplateError]]]:
-    """(number, sample, its tokens) in batches. While one is encoded the template's process renders the next."""
+    """(number, sample, its tokens) in batches."""
     chunks = [numbers[start : start + RENDER] for start in range(0, len(numbers), RENDER)]
-    with ThreadPoolExecutor(1) as beside:
-        ahead = beside.submit(_rendered, chunks[0], rows, chat, wants) if chunks else None
-        for chunk, following in zip_longest(chunks, chunks[1:]):
-            batch, strings = ahead.result()  # type: ignore[union-attr]
-            ahead = beside.submit(_rendered, following, rows, chat, wants) if following is not None else None
-            yield list(zip(map(int, chunk), batch, _tokens(batch, strings, chat), strict=True))
+    taken: deque[list[Any]] = deque()  # whose tokens are not there yet
 
+    def batches() -> Iterator[list[Any]]:
+        for chunk in chunks:
+            taken.append([rows.sample(at) for at in chunk])
+            yield taken[-1]
 
-def _rendered(numbers: np.ndarray, rows: Rows, chat: Chat, wants: str) -> tuple[list[Any], Any]:
-    """Samples and what the template makes of them: None for plain texts, and where it refuses one of them."""
-    batch: list[Any] = [rows.sample(at) for at in numbers]
+    made: Iterator[Any]
     if wants == "text":
-        return batch, None
-    try:
-        return batch, chat.strings(batch)
-    except TemplateError:
-        return batch, None
-
-
-def _tokens(batch: list[Any], strings: Any, chat: Chat) -> list[list[Tokens] | TemplateError]:
-    """The batch encoded at once; when the template refuses one of its conversations, one at a time."""
-    if batch and isinstance(batch[0], Text):
-        return [[tokens] for tokens in chat.text_ids(batch)]
-    if strings is None:
-        return [_tokens_of_one(talk, chat) for talk in batch]
-    return list(chat.encode(batch, strings))
-
-
-def _tokens_of_one(talk: Conversation, chat: Chat) -> list[Tokens] | TemplateError:
-    try:
-        return chat.render(talk)
-    except TemplateError as error:
-        return error
+        made = ([[tokens] for tokens in chat.text_ids(batch)] for batch in batches())
+    else:
+        made = chat.render_all(batches(), len(numbers))
+    for chunk, tokens in zip(chunks, made, strict=True):
+        yield list(zip(map(int, chunk), taken.popleft(), tokens, strict=True))
 
 
 def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, stage: Stage, work: _Work) -> list[Tokens]:

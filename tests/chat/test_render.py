@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from fitout.chat import ChatSettings
-from fitout.chat.render import _Rendered, _token_at
+from fitout.chat import ChatSettings, render
+from fitout.chat.render import _Rendered
+from fitout.chat.render_worker import _token_at
 from fitout.chat.types import Message, Text
 from fitout.errors import ModelError, TemplateError
 from fitout.model.load import SHELL
@@ -105,6 +106,37 @@ def test_many_at_once_are_as_one_at_a_time(case):
     chat, _ = case
     talks = [talk(*TURNS[:2]), talk(*TURNS), talk(Message("system", "S"), *TURNS[:2])]
     assert chat.render_many(talks) == [chat.render(one) for one in talks]
+
+
+def test_by_several_processes_as_by_one(case, monkeypatch):
+    """Of more conversations than they hold at once, in order; the samples of a rewriting template among them."""
+    chat, _ = case
+    monkeypatch.setattr(render, "FEW", 0)
+    talks = [talk(Message("user", f"{n} " * n), TURNS[1], *TURNS[: n % 3]) for n in range(1, 90)]
+    talks = [one if one.messages[-1].role == "assistant" else talk(*one.messages, TURNS[1]) for one in talks]
+    batches = [talks[start : start + 4] for start in range(0, len(talks), 4)]
+    made = [one for batch in chat.render_all(batches, len(talks)) for one in batch]
+    for group, alone in zip(made, map(chat.render, talks), strict=True):
+        assert [list(one.ids) for one in group] == [one.ids for one in alone]
+        assert [bytes(one.train_on) for one in group] == [bytes(one.train_on) for one in alone]
+        assert [one.origin for one in group] == [one.origin for one in alone]
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+def test_a_refused_conversation_is_one_of_its_batch(case, monkeypatch, few):
+    monkeypatch.setattr(render, "FEW", few)
+    chat, _ = case
+    own = chat.tokenizer.chat_template
+    refusing = "{% if 'boom' in messages[0].content %}{{ raise_exception('no booms') }}{% endif %}"
+    monkeypatch.setattr(chat.tokenizer, "chat_template", refusing + own)
+    bad, good = talk(Message("user", "boom"), TURNS[1]), talk(*TURNS[:2])
+    first, second, third = next(chat.render_all([[good, bad, good]], 3))
+    assert isinstance(second, TemplateError) and "does not render: no booms" in second.message
+    assert list(first[0].ids) == list(third[0].ids) == chat.render(good)[0].ids
+    rewriting = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>>{% endif %}"
+    monkeypatch.setattr(chat.tokenizer, "chat_template", rewriting)
+    [[one]] = chat.render_all([[good]], 1)
+    assert isinstance(one, TemplateError) and "differently from its own prompt" in one.message
 
 
 def test_an_answer_decodes_to_what_was_said(case):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fitout.chat import render as rendering
 from fitout.chat import sandbox
 from fitout.chat.render import open_chat
 from fitout.chat.sandbox import Ask, Renderer
@@ -152,6 +153,24 @@ def test_the_row_that_set_it_off_is_named(tmp_path, monkeypatch):
     assert error.value.where == "bad.jsonl:7"
     assert len(chat.render_many(good)) == 3
     sandbox.renderer().stop()
+    monkeypatch.setattr(rendering, "FEW", 0)  # by several processes
+    with pytest.raises(TemplateLimitError) as error:
+        list(chat.render_all([good, [*good, bad, *good], good, good], 14))
+    assert error.value.where == "bad.jsonl:7"
+    assert len([one for batch in chat.render_all([good, good], 6) for one in batch]) == 6
+
+
+def test_processes_that_were_killed_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering, "FEW", 0)
+    text = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    text += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    chat = open_chat(folder(tmp_path, text, tokens=SPELLED, eos="<|im_end|>"))
+    made = chat.render_all(([talk(*TURNS[:2])] for _ in range(60)), 60)
+    [first] = next(made)
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    rest = [one for batch in made for one in batch]
+    assert len(rest) == 59 and all(list(one[0].ids) == list(first[0].ids) for one in rest)
 
 
 # ways out
