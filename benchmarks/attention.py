@@ -30,7 +30,7 @@ from .against_trl import machine
 HEADS = ((8, 8, 64), (9, 3, 64), (16, 8, 128))  # of queries, of keys, numbers of each
 LENGTHS = (128, 200, 264, 400, 512, 768, 1024, 2048)
 ROUNDS, WARMUP = 15, 2
-SIDES = {"tiles": (0, 1 << 30), "kernel": (math.inf, tiles.LONG)}  # tiles.ENOUGH, tiles.LONG
+SIDES = {"tiles": (0, 1 << 30), "kernel": (math.inf, tiles.LONG)}  # tiles.ENOUGH and LONG, LONG_WIDE
 
 
 def main() -> None:
@@ -54,18 +54,18 @@ def _compare(heads: int, keys: int, width: int, length: int, kind: torch.dtype) 
     leaves = [torch.randn(shape).to(kind).transpose(1, 2).requires_grad_() for shape in shapes]
     slope = torch.randn(1, length, heads, width).to(kind)
     exact = _exact(leaves, slope)
-    chosen = tiles.ENOUGH, tiles.LONG
-    taken = "tiles" if tiles.pays(leaves[0]) else "kernel"
+    chosen = tiles.ENOUGH, tiles.LONG, tiles.LONG_WIDE
+    taken = "tiles" if tiles.pays(*leaves[:2]) else "kernel"
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     errors: dict[str, float] = {}
     for _ in range(WARMUP + ROUNDS):
         for side, (enough, long) in SIDES.items():
-            tiles.ENOUGH, tiles.LONG = dict.fromkeys(tiles.ENOUGH, enough), long
+            tiles.ENOUGH, tiles.LONG, tiles.LONG_WIDE = dict.fromkeys(tiles.ENOUGH, enough), long, long
             start = time.perf_counter()
             found = _outcome(leaves, slope)
             seconds[side].append(time.perf_counter() - start)
             errors[side] = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
-    tiles.ENOUGH, tiles.LONG = chosen
+    tiles.ENOUGH, tiles.LONG, tiles.LONG_WIDE = chosen
     return {
         "heads": heads, "key_heads": keys, "width": width, "length": length, "type": str(kind).removeprefix("torch."),
         "ms": {side: round(statistics.median(times[WARMUP:]) * 1000, 3) for side, times in seconds.items()},

@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import TemplateError, TemplateLimitError
 from . import ChatSettings
 from .render_worker import Span, divided, trained
-from .sandbox import Ask, Crew, Renderer, Rewritten, renderer
+from .sandbox import Ask, Crew, Encoded, Renderer, Rewritten, renderer
 from .tokenizer import LoadedTokenizer, load_tokenizer
 from .types import Conversation, Message, Origin, Text, Tokens
 
@@ -124,9 +124,18 @@ class Chat:
                 found.append(self._rewritten())
             elif isinstance(answer, TemplateError):
                 found.append(self._refused(answer))
-            else:
+            elif isinstance(answer, Encoded):
                 found.append([Tokens(ids, train_on, talk.origin) for ids, train_on in answer])
+            else:
+                found.append(self._encoded_here(answer, talk))
         return found
+
+    def _encoded_here(self, texts: Sequence[str], talk: Conversation) -> list[Tokens] | TemplateError:
+        try:
+            [group] = self.encode([talk], [self._divided(texts)])
+        except TemplateError as error:
+            return error
+        return group
 
     def encode(self, conversations: Sequence[Conversation], rendered: Sequence[list[_Rendered]]) -> list[list[Tokens]]:
         """The samples that conversations give, from what `strings` made of them."""
@@ -235,11 +244,14 @@ class Chat:
         for answer in self._of_all(conversations):
             if isinstance(answer, TemplateError):
                 raise self._refused(answer)
-            try:
-                found.append([_Rendered(*one) for one in divided(answer[0], answer[1:])])
-            except ValueError:
-                raise self._rewritten() from None
+            found.append(self._divided(answer))
         return found
+
+    def _divided(self, texts: Sequence[str]) -> list[_Rendered]:
+        try:
+            return [_Rendered(*one) for one in divided(texts[0], texts[1:])]
+        except ValueError:
+            raise self._rewritten() from None
 
     def _refused(self, error: TemplateError) -> TemplateError:
         return TemplateError(

@@ -23,6 +23,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, BinaryIO
 
 Span = tuple[int, int]
+ENCODED = 500_000  # characters of a string that is encoded here, under the limit on memory; longer ones are answered
 LONGEST = 1.0  # seconds that an answer is held back, at most
 
 
@@ -35,11 +36,17 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    handed = receive(requests)  # what encodes, if anything
-    if handed is not None and handed["tokenizer"]:
+    send(answers, {"here": True})  # and reads: what it is handed may be more than a pipe holds
+    answers.flush()
+    handed = receive(requests)
+    if handed is None:
+        return
+    tokenizer, control = None, frozenset(handed["control"])
+    if handed["tokenizer"]:
         from tokenizers import Tokenizer
 
-        tokenizer, control = Tokenizer.from_str(handed["tokenizer"]), frozenset(handed["control"])
+        tokenizer = Tokenizer.from_str(handed["tokenizer"])
+    del handed  # megabytes
     _limit(megabytes)
     send(answers, {"ready": True})
     answers.flush()
@@ -52,7 +59,7 @@ def main() -> None:
                     render_jinja_template, request["template"], request["variables"], messages, tools, cuts, characters
                 )
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                if request["encode"]:
+                if request["encode"] and len(answer[0]) <= ENCODED:
                     answer = encoded(answer, tokenizer, control)
             except MemoryError:
                 answer = {"limit": f"more than {megabytes} MB of memory"}
@@ -103,8 +110,9 @@ def rendered(
     return [first, *(len(text) if first.startswith(text) else text for text in rest)]
 
 
-def encoded(texts: list[Any], tokenizer: Any, control: Collection[int]) -> bytes | dict[str, str]:
-    """The samples of a conversation, each its number of ids, the ids and which of them are trained."""
+def encoded(texts: list[Any], tokenizer: Any, control: Collection[int]) -> bytes | list[Any] | dict[str, str]:
+    """The samples of a conversation, each its number of ids, the ids and which of them are trained; `texts` itself
+    where the tokenizer refuses them."""
     first, *rest = texts  # strings, or the length of one that is a beginning of the first
     try:
         strings = divided(first, [first[:one] if isinstance(one, int) else one for one in rest])
@@ -112,7 +120,10 @@ def encoded(texts: list[Any], tokenizer: Any, control: Collection[int]) -> bytes
         return {"rewritten": str(error)}
     frame = [b"\0"]
     for text, spans in strings:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        except Exception:  # the other side encodes it again, and tells what it finds
+            return texts
         ids = array("i", encoding.ids)
         frame += [len(ids).to_bytes(8, "little"), ids.tobytes(), trained(encoding, spans, control)]
     return b"".join(frame)

@@ -52,7 +52,8 @@ class Rewritten(TemplateError):
     """A finished turn of the assistant that does not begin with the prompt that the model will see."""
 
 
-Encoded = list[tuple["array[int]", bytes]]  # ids of each sample, and which of them are trained
+class Encoded(tuple[tuple["array[int]", bytes], ...]):
+    """The ids of each sample, and which of them are trained."""
 
 
 class Renderer:
@@ -62,12 +63,15 @@ class Renderer:
     def __init__(self, tokenizer: str = "", control: Iterable[int] = ()) -> None:
         self._handed = {"tokenizer": tokenizer, "control": list(control)}
         self._process: subprocess.Popen[bytes] | None = None
+        self._dismissed = False
         self._ready = False
         self._held = bytearray()  # read and not taken yet
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """Starts the process without waiting for it."""
+        if self._dismissed:
+            raise RuntimeError("the process was dismissed")
         if self._process is None:
             limits = map(str, (SECONDS, MEGABYTES, CHARACTERS))
             self._process = subprocess.Popen(
@@ -75,6 +79,14 @@ class Renderer:
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
             self._ready = False
+
+    def dismiss(self) -> None:
+        """Ends the process for good, also while a thread waits for its answer."""
+        self._dismissed = True
+        if self._process is not None:
+            self._process.kill()
+        with self._lock:
+            self.stop()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -93,9 +105,11 @@ class Renderer:
         """
         return self._answers(template, variables, asks, encode=False)
 
-    def encode(self, template: str, variables: dict[str, Any], asks: Sequence[Ask]) -> list[Encoded | TemplateError]:
+    def encode(
+        self, template: str, variables: dict[str, Any], asks: Sequence[Ask]
+    ) -> list[Encoded | list[str] | TemplateError]:
         """The samples of each conversation, whose cuts are the whole and for each supervised turn its prompt and the
-        string up to its end; otherwise as `render`."""
+        string up to its end; the strings where they are long or the tokenizer refuses them. Otherwise as `render`."""
         return self._answers(template, variables, asks, encode=True)
 
     def _answers(self, template: str, variables: dict[str, Any], asks: Sequence[Ask], *, encode: bool) -> list[Any]:
@@ -122,6 +136,7 @@ class Renderer:
         """Sends the conversations and takes the answers as they come."""
         self.start()
         if not self._ready:
+            self._receive()  # it reads
             self._send(self._handed)
             self._receive()
             self._ready = True
@@ -135,7 +150,7 @@ class Renderer:
         self._send(request)
         for _ in asks:
             answer = self._receive()
-            if encode and isinstance(answer, list):
+            if isinstance(answer, Encoded):
                 done.append(answer)
             elif isinstance(answer, list):
                 first = answer[0]
@@ -194,19 +209,17 @@ def _samples(frame: bytes) -> Encoded:
         at += 4 * count
         found.append((ids, frame[at : at + count]))
         at += count
-    return found
+    return Encoded(found)
 
 
 class Crew:
     """Several processes that render and encode, each called by a thread of its own."""
 
     def __init__(self, count: int, tokenizer: str, control: Iterable[int]):
-        self.count = count
         self._all = [Renderer(tokenizer, control) for _ in range(count)]
         self._idle: SimpleQueue[Renderer] = SimpleQueue()
         self._threads = ThreadPoolExecutor(count)
         for one in self._all:
-            one.start()
             self._idle.put(one)
 
     def submit(self, work: Callable[[Renderer], T]) -> Future[T]:
@@ -221,12 +234,23 @@ class Crew:
             self._idle.put(one)
 
     def __enter__(self) -> Crew:
+        try:
+            for one in self._all:
+                one.start()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        self._end()
+
+    def _end(self) -> None:
+        """Without waiting for what they are at."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for one in self._all:
-            one.stop()
+            one.dismiss()
+        self._threads.shutdown()
 
 
 class _Died(Exception):

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from ..chat.render import Chat
 
 PLACED = 20_000  # training samples whose key information is located, where only the report asks for it
-RENDER = 250  # conversations rendered at a time
+RENDER, RENDER_BYTES = 250, 8 << 20  # conversations rendered at a time
 EXAMPLES = 8  # training samples that the page shows
 SHOWN = 6  # quarantined rows of a rule that the page shows
 Progress = Callable[[str, int], None]  # the stage, and how many samples it has done
@@ -685,7 +685,7 @@ def _tokenised(
     numbers: np.ndarray, rows: Rows, chat: Chat, wants: str
 ) -> Iterator[list[tuple[int, Sample, list[Tokens] | TemplateError]]]:
     """(number, sample, its tokens) in batches."""
-    chunks = [numbers[start : start + RENDER] for start in range(0, len(numbers), RENDER)]
+    chunks = list(rows.chunks(numbers, RENDER, RENDER_BYTES))
     taken: deque[list[Any]] = deque()  # whose tokens are not there yet
 
     def batches() -> Iterator[list[Any]]:

@@ -121,6 +121,19 @@ class Rows:
 
     # what is read back
 
+    def chunks(self, numbers: np.ndarray, most: int, most_bytes: int) -> Iterator[np.ndarray]:
+        """The numbers in pieces of at most so many samples, and of so many bytes unless one sample has more."""
+        ends = np.frombuffer(self._ends, np.int64)
+        sizes = np.diff(ends, prepend=0)[numbers]
+        start = held = 0
+        for at, size in enumerate(sizes.tolist()):
+            if at > start and (at - start == most or held + size > most_bytes):
+                yield numbers[start:at]
+                start, held = at, 0
+            held += size
+        if len(numbers) > start:
+            yield numbers[start:]
+
     def line(self, at: int) -> bytes:
         """The sample's JSON line, its end included."""
         assert self._map is not None

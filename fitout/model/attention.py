@@ -69,7 +69,8 @@ def packed_attention(
         if torch.is_autocast_enabled("cpu"):  # which casts for PyTorch's own attention, but not inside a function
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _Documents.apply(query, key, value, segments, scale), None
+        with torch.autocast("cpu", enabled=False):  # scores stay fp32
+            return _Documents.apply(query, key, value, segments, scale), None
     if not dropout and varlen.serves(query, key, sliding_window):
         return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
     return _piece_by_piece(

@@ -18,7 +18,9 @@ from torch import Tensor
 ROWS = 128  # queries of a tile
 CELLS = 1 << 19  # scores of a tile: 2 MB in fp32
 ENOUGH = {torch.bfloat16: 16_000, torch.float32: 24_000}  # numbers of a head's queries; with fewer PyTorch's is as fast
-LONG, NARROW = 640, 64  # it is as fast, too, on more queries than this of heads no wider
+NARROW = 64  # numbers a head, and queries beyond which PyTorch's is as fast for heads no wider, and for wider ones
+LONG, LONG_WIDE = 640, 1024
+MOST_KEYS = 4096  # beyond, a tile of heads that share their keys would be large
 GRAIN = {torch.bfloat16: 32, torch.float32: 1}  # oneDNN compiles a product of bf16 once for each shape, 0.5 ms
 PARTS = 3  # bf16 numbers that add up to one of fp32
 PAD = 16  # columns that hold them
@@ -30,7 +32,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     query (1, H, L, D), key and value (1, K, S, D), H a multiple of K; `causal` (L = S): query i sees the keys up to i,
     else all. Returns (1, H, L, D) in the query's dtype and (1, H, L) in fp32.
     """
-    if not pays(query):
+    if not pays(query, key):
         key, value = (_repeat(x, query.shape[1]) for x in (key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
     (queries, keys), grain = (x.shape[2] for x in (query, key)), GRAIN[query.dtype]
@@ -64,7 +66,7 @@ def slopes(
     share; `alone` says that they are not. In bf16 gradients of scores are rounded once their row's mean is taken off,
     inside the product, so that what cancels costs no digits.
     """
-    if not pays(query):
+    if not pays(query, key):
         return _slopes_of_kernel(grad, query, key, value, out, norm, causal, scale)
     (queries, keys), grain, wide = (x.shape[2] for x in (query, key)), GRAIN[query.dtype], query.dtype == torch.float32
     mean = _filled((grad.float() * out).sum(-1, keepdim=True).neg_(), grain)
@@ -95,10 +97,11 @@ def slopes(
     ]
 
 
-def pays(query: Tensor) -> bool:
-    """Whether tiles are faster than PyTorch's kernel for queries (1, H, L, D)."""
-    length, width = query.shape[-2:]
-    return length * width >= ENOUGH.get(query.dtype, math.inf) and (width > NARROW or length <= LONG)
+def pays(query: Tensor, key: Tensor) -> bool:
+    """Whether tiles are faster than PyTorch's kernel for queries (1, H, L, D) and keys (1, K, S, D)."""
+    batch, _, length, width = query.shape
+    enough = length * width >= ENOUGH.get(query.dtype, math.inf) and batch == 1
+    return enough and length <= (LONG if width <= NARROW else LONG_WIDE) and key.shape[2] <= MOST_KEYS
 
 
 def _heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:

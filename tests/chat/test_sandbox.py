@@ -160,17 +160,60 @@ def test_the_row_that_set_it_off_is_named(tmp_path, monkeypatch):
     assert len([one for batch in chat.render_all([good, good], 6) for one in batch]) == 6
 
 
+WORDS = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+WORDS += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+
+
+def children():
+    """Of every thread of this process."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
+
+
 def test_processes_that_were_killed_are_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(rendering, "FEW", 0)
-    text = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    text += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    chat = open_chat(folder(tmp_path, text, tokens=SPELLED, eos="<|im_end|>"))
+    chat = open_chat(folder(tmp_path, WORDS, tokens=SPELLED, eos="<|im_end|>"))
+    before = children()
     made = chat.render_all(([talk(*TURNS[:2])] for _ in range(60)), 60)
     [first] = next(made)
-    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        os.kill(int(child), signal.SIGKILL)
-    rest = [one for batch in made for one in batch]
-    assert len(rest) == 59 and all(list(one[0].ids) == list(first[0].ids) for one in rest)
+    killed = children() - before
+    for child in killed:
+        os.kill(child, signal.SIGKILL)
+    rest = [next(made) for _ in range(40)]
+    others = children() - before - killed
+    rest += list(made)
+    assert killed and others
+    assert len(rest) == 59 and all(list(one.ids) == list(first[0].ids) for [[one]] in rest)
+    assert children() <= before | killed
+
+
+def test_they_end_when_nobody_takes_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering, "FEW", 0)
+    slow = "{% for a in range(3000) %}{% for b in range(300) %}{% endfor %}{% endfor %}" + WORDS
+    chat = open_chat(folder(tmp_path, slow, tokens=SPELLED, eos="<|im_end|>"))
+    before = children()
+    given = []
+    made = chat.render_all((given.append(1) or [talk(*TURNS[:2])] * 20 for _ in range(1000)), 20_000)
+    next(made)
+    assert len(given) < 40 and children() - before
+    began = time.monotonic()
+    made.close()
+    assert not children() - before and time.monotonic() - began < 5
+
+
+def test_a_long_row_and_what_a_tokenizer_refuses_are_encoded_by_this_process(tmp_path, monkeypatch):
+    """Under the limit on memory it would end the process that renders."""
+    chat = open_chat(folder(tmp_path, WORDS, tokens=SPELLED, eos="<|im_end|>"))
+    long = talk(Message("user", "word " * 2_000_000), TURNS[1])
+    alone = chat.render(long)
+    monkeypatch.setattr(rendering, "FEW", 0)
+    [[group]] = chat.render_all([[long]], 1)
+    assert group == alone
+    odd = talk(Message("user", "a\ud800b"), TURNS[1])
+    with pytest.raises(Exception) as here:
+        chat.render(odd)
+    with pytest.raises(type(here.value)):
+        list(chat.render_all([[odd]], 1))
 
 
 # ways out

@@ -17,7 +17,7 @@ TREE = (
     Segment(0, 20), Segment(20, 33, 0), Segment(33, 34, 1), Segment(34, 50, 1), Segment(50, 57, 3), Segment(57, 90, 0),
     Segment(90, 91), Segment(91, 100, 6),
 )  # fmt: skip
-LARGE = tuple(Segment(s.start * 12, s.end * 12, s.parent) for s in TREE)  # up to 396 tokens, some behind 588
+LARGE = tuple(Segment(s.start * 12, s.end * 12, s.parent) for s in TREE)  # up to 396 tokens, 840 behind one of them
 ROOT_AFTER_ROOT = (Segment(0, 17), Segment(17, 19, 0), Segment(19, 30, 0), Segment(30, 70), Segment(70, 71, 3))
 
 
@@ -36,10 +36,11 @@ def outcome(attend, q, k, v, slope):
 @pytest.mark.parametrize(("kind", "size"), [(torch.float32, 1), (torch.float32, 30), (torch.bfloat16, 1)])
 def test_equals_a_dense_softmax(segments, groups, kind, size, cells, monkeypatch):
     """`size` 30 makes scores so large that a wrong way of joining two parts overflows or forgets one."""
+    length = segments[-1].end
     monkeypatch.setattr(tiles, "ENOUGH", dict.fromkeys(tiles.ENOUGH, 0 if cells else math.inf))
+    monkeypatch.setattr(tiles, "LONG", length)
     monkeypatch.setattr(tiles, "CELLS", cells)
     torch.manual_seed(0)
-    length = segments[-1].end
     q, slope = torch.randn(1, 2 * groups, length, 8) * size, torch.randn(1, length, 2 * groups, 8)
     k, v = torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
     rounded = [x.to(kind) for x in (q, k, v, slope)]
