@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -54,6 +56,13 @@ def decide(asked: str, device: torch.device, *, width: int = 512) -> Precision:
     if ratio >= PAYS:
         return Precision("bf16", f"a linear layer runs {ratio:.1f} times as fast in bf16 as in fp32 here")
     return Precision("fp32", f"bf16 does not pay here ({ratio:.1f} times fp32 in a linear layer)")
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies tiles of bf16 numbers in hardware (Intel's AMX)."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "amx_bf16" in info.read_text()
 
 
 def use_threads(width: int, device: torch.device) -> str | None:

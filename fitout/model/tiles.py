@@ -15,11 +15,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .precision import has_amx
+
 ROWS = 128  # queries of a tile
 CELLS = 1 << 19  # scores of a tile: 2 MB in fp32
 ENOUGH = {torch.bfloat16: 16_000, torch.float32: 24_000}  # numbers of a head's queries; with fewer PyTorch's is as fast
 NARROW = 64  # numbers a head, and queries beyond which PyTorch's is as fast for heads no wider, and for wider ones
 LONG, LONG_WIDE = 640, 1024
+FEW = 512  # queries up to which the kernel's backward is faster in fp32 than in bf16, casts included
 MOST_KEYS = 4096  # beyond, a tile of heads that share their keys would be large
 GRAIN = {torch.bfloat16: 32, torch.float32: 1}  # oneDNN compiles a product of bf16 once for each shape, 0.5 ms
 PARTS = 3  # bf16 numbers that add up to one of fp32
@@ -101,7 +104,16 @@ def pays(query: Tensor, key: Tensor) -> bool:
     """Whether tiles are faster than PyTorch's kernel for queries (1, H, L, D) and keys (1, K, S, D)."""
     batch, _, length, width = query.shape
     enough = length * width >= ENOUGH.get(query.dtype, math.inf) and batch == 1
+    if query.dtype == torch.bfloat16 and has_amx():
+        return False  # not measured there, where PyTorch's kernel has instructions of its own
     return enough and length <= (LONG if width <= NARROW else LONG_WIDE) and key.shape[2] <= MOST_KEYS
+
+
+def sizes_in_bf16(width: int, longest: int) -> int:
+    """How many sizes of tiles documents of up to `longest` tokens can have, with heads of `width` numbers."""
+    grain, least = GRAIN[torch.bfloat16], ENOUGH[torch.bfloat16] / width
+    most = min(longest, LONG if width <= NARROW else LONG_WIDE)
+    return max(0, math.ceil(most / grain) - math.ceil(least / grain) + 1)
 
 
 def _heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -186,10 +198,10 @@ def _beside(x: Tensor, number: Tensor | None) -> Tensor:
 def _slopes_of_kernel(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, norm: Tensor, causal: bool, scale: float
 ) -> list[Tensor]:
-    """By PyTorch's kernel. Where it has few queries its backward is faster in fp32 than in bf16, casts included."""
+    """By PyTorch's kernel."""
     kinds = query, key, value
     part = [grad, query, _repeat(key, query.shape[1]), _repeat(value, query.shape[1]), out]
-    if query.dtype == torch.bfloat16 and query.shape[2] <= LONG:
+    if query.dtype == torch.bfloat16 and query.shape[2] <= FEW:
         part = [x.float() for x in part]
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*part, norm, 0.0, causal, scale=scale)
     return [

@@ -137,15 +137,23 @@ SIZES_KEPT = 50  # different micro-batch sizes whose kernels oneDNN keeps (1,024
 
 
 def kernel_bytes(shape: Shape, setup: Setup, work: Work) -> float:
-    """On a CPU, bf16 products compile kernels for each new size of a micro-batch (linear layers), and for each new
-    length of a document in every thread that computes a head of its attention; all are kept. fp32 has none (measured).
+    """On a CPU, bf16 products compile kernels for each new size of a micro-batch (linear layers) and of attention: for
+    each size of its tiles (model/tiles.py) or, with AMX, for each length of a document in every thread that computes a
+    head by PyTorch's kernel; all are kept. fp32 has none (measured).
     """
     if setup.device == "cuda" or not compiles_bf16():
         return 0.0
+    from ..model.precision import has_amx
+    from ..model.tiles import sizes_in_bf16
+
     known = _memory_constants(setup)
     looked = [one.tokens for step in work.steps for one in step]
     sizes = min(SIZES_KEPT, round(len(set(looked)) * max(1.0, work.total_steps / len(work.steps))))
-    return MB * (known["size_mb"] * sizes + known["length_mb"] * work.lengths * min(shape.heads, threads()))
+    if has_amx():
+        attention = known["length_mb"] * work.lengths * min(shape.heads, threads())
+    else:
+        attention = known["tile_mb"] * min(work.lengths, sizes_in_bf16(shape.head_dim, work.longest))
+    return MB * (known["size_mb"] * sizes + attention)
 
 
 def sharded(parameters: float, gradients: float, optimizer: float, stage: int, devices: int) -> tuple[float, ...]:

@@ -39,6 +39,7 @@ def test_equals_a_dense_softmax(segments, groups, kind, size, cells, monkeypatch
     length = segments[-1].end
     monkeypatch.setattr(tiles, "ENOUGH", dict.fromkeys(tiles.ENOUGH, 0 if cells else math.inf))
     monkeypatch.setattr(tiles, "LONG", length)
+    monkeypatch.setattr(tiles, "has_amx", lambda: False)
     monkeypatch.setattr(tiles, "CELLS", cells)
     torch.manual_seed(0)
     q, slope = torch.randn(1, 2 * groups, length, 8) * size, torch.randn(1, length, 2 * groups, 8)
@@ -60,3 +61,23 @@ def test_a_window_over_a_tree():
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("longest", [100, 300, 2000])
+def test_the_sizes_of_tiles_that_a_plan_counts(width, longest, monkeypatch):
+    monkeypatch.setattr(tiles, "has_amx", lambda: False)
+    shapes = [torch.empty(1, 2, n, width, dtype=torch.bfloat16, device="meta") for n in range(1, longest + 1)]
+    grain = tiles.GRAIN[torch.bfloat16]
+    sizes = {math.ceil(x.shape[2] / grain) for x in shapes if tiles.pays(x, x)}
+    assert tiles.sizes_in_bf16(width, longest) == len(sizes)
+
+
+def test_what_pytorch_computes_itself(monkeypatch):
+    """Other types than fp32 and bf16, several rows at once, bf16 where the processor has AMX."""
+    x = torch.empty(1, 2, 400, 64, device="meta")
+    assert tiles.pays(x, x)
+    assert not tiles.pays(x.double(), x.double()) and not tiles.pays(x.half(), x.half())
+    assert not tiles.pays(x.expand(2, -1, -1, -1), x)
+    monkeypatch.setattr(tiles, "has_amx", lambda: True)
+    assert tiles.pays(x, x) and not tiles.pays(x.bfloat16(), x.bfloat16())
