@@ -113,7 +113,7 @@ def sizes_in_bf16(width: int, longest: int) -> int:
     """How many sizes of tiles documents of up to `longest` tokens can have, with heads of `width` numbers."""
     grain, least = GRAIN[torch.bfloat16], ENOUGH[torch.bfloat16] / width
     most = min(longest, LONG if width <= NARROW else LONG_WIDE)
-    return max(0, math.ceil(most / grain) - math.ceil(least / grain) + 1)
+    return math.ceil(most / grain) - math.ceil(least / grain) + 1 if most >= least else 0
 
 
 def _heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
