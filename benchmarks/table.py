@@ -28,6 +28,7 @@ PREPARED = {
     "fitout plain": "Fitout, what the others do too", "fitout": "Fitout, with cleaning, duplicates, split, report",
     "trl": "TRL", "llama-factory": "LLaMA-Factory", "tokenizer": "the tokenizer alone",
 }  # fmt: skip
+OF_A_LAYER = ("gated", "gated_backward", "norm")
 DATA = {
     "alpaca": "Alpaca rows", "gsm8k": "GSM8K rows", "blocks": "full blocks of 1,024",
     "shared": "eight answers a prompt", "pairs": "both answers of preference pairs",
@@ -50,6 +51,7 @@ def main() -> None:
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
     _put("memory", [_memory(result) for result in full if result.get("kind") == "memory"], SPEED)
     _put("attention", [_attention(result) for result in full if result.get("kind") == "attention"], SPEED)
+    _put("compiled", [_compiled(result) for result in full if result.get("kind") == "compiled"], SPEED)
     _put("shared input", [_stacked(r) for r in full if r.get("kind") == "shared input"], SPEED)
     _put("compare", [_compared(result) for result in compared], METHODS)
 
@@ -281,6 +283,17 @@ def _attention(result: dict[str, Any]) -> str:
     head = " | ".join(f"{heads}/{keys} heads of {width}, {kind}" for heads, keys, width, kind in kinds)
     title = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
     return f"{title}\n\n{_lines(f'| tokens | {head} |', rows)}"
+
+
+def _compiled(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    rows = []
+    for kind, point in result["points"].items():
+        cells = [f"{own:.2f} ms, {compiled:.2f} ms" for own, compiled in (point[w] for w in OF_A_LAYER)]
+        rows.append(f"| {kind} | {' | '.join(cells)} | {point['compile_s']:.0f} s |")
+    title = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
+    head = "| ours, compiled | gated activation | its backward | norm | until compiled |"
+    return f"{title}\n\n{_lines(head, rows)}"
 
 
 def _stacked(result: dict[str, Any]) -> str:
