@@ -30,7 +30,7 @@ from .against_trl import machine
 HEADS = ((8, 8, 64), (9, 3, 64), (16, 8, 128))  # of queries, of keys, numbers of each
 LENGTHS = (128, 200, 264, 400, 512, 768, 1024, 2048)
 ROUNDS, WARMUP = 15, 2
-SIDES = {"tiles": (0, 1 << 30), "kernel": (math.inf, tiles.LONG)}  # tiles.ENOUGH and LONG, LONG_WIDE
+SIDES = {"tiles": (0, 1 << 30), "kernel": (math.inf, tiles.LONG)}  # tiles.ENOUGH; LONG and LONG_WIDE
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -88,7 +88,7 @@ class Chat:
 
     def render_all(
         self, batches: Iterable[Sequence[Conversation]], count: int
-    ) -> Iterator[list[list[Tokens] | TemplateError]]:
+    ) -> Generator[list[list[Tokens] | TemplateError]]:
         """`render` for each of `count` conversations, or why the template refuses it, batch by batch and in order.
         Where they are many, some processes render and encode batches ahead of what is taken."""
         if count < FEW:

@@ -59,7 +59,7 @@ def main() -> None:
                     render_jinja_template, request["template"], request["variables"], messages, tools, cuts, characters
                 )
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                if request["encode"] and len(answer[0]) <= ENCODED:
+                if request["encode"] and max(len(x) if isinstance(x, str) else x for x in answer) <= ENCODED:
                     answer = encoded(answer, tokenizer, control)
             except MemoryError:
                 answer = {"limit": f"more than {megabytes} MB of memory"}

@@ -79,14 +79,15 @@ class Renderer:
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
             self._ready = False
+            if self._dismissed:  # meanwhile
+                self._process.kill()
 
     def dismiss(self) -> None:
-        """Ends the process for good, also while a thread waits for its answer."""
+        """Ends the process for good, also while a thread waits for its answer; `stop` clears up."""
         self._dismissed = True
-        if self._process is not None:
-            self._process.kill()
-        with self._lock:
-            self.stop()
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -218,7 +219,8 @@ class Crew:
     def __init__(self, count: int, tokenizer: str, control: Iterable[int]):
         self._all = [Renderer(tokenizer, control) for _ in range(count)]
         self._idle: SimpleQueue[Renderer] = SimpleQueue()
-        self._threads = ThreadPoolExecutor(count)
+        self._name = f"crew-{id(self)}"
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix=self._name)
         for one in self._all:
             self._idle.put(one)
 
@@ -246,11 +248,16 @@ class Crew:
         self._end()
 
     def _end(self) -> None:
-        """Without waiting for what they are at."""
+        """Kills the processes, whatever they are at, and waits for the threads, which notice. A thread of theirs comes
+        here when it happens to collect a generator that nobody closed: it cannot wait for itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for one in self._all:
             one.dismiss()
+        if threading.current_thread().name.startswith(self._name):
+            return
         self._threads.shutdown()
+        for one in self._all:
+            one.stop()
 
 
 class _Died(Exception):

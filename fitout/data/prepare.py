@@ -15,7 +15,7 @@ import shutil
 import time
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -650,9 +650,9 @@ def _render_part(
     every = 1 if name != "train" or any(b.by == "position" for b in settings.balance) else -(-len(numbers) // PLACED)
     group = 0
     names = [named(label) for label in facts.tasks.labels] if facts.told else []
-    with PartWriter(made.path, names) as writer:
+    with PartWriter(made.path, names) as writer, closing(_tokenised(numbers, rows, chat, wants)) as batches:
         done = 0
-        for batch in _tokenised(numbers, rows, chat, wants):
+        for batch in batches:
             for at, sample, rendered in batch:
                 if isinstance(rendered, TemplateError):
                     work.reject(stage, sample.origin, rendered.message, as_row(sample), rule="template", form="sample")
@@ -683,7 +683,7 @@ def _render_part(
 
 def _tokenised(
     numbers: np.ndarray, rows: Rows, chat: Chat, wants: str
-) -> Iterator[list[tuple[int, Sample, list[Tokens] | TemplateError]]]:
+) -> Generator[list[tuple[int, Sample, list[Tokens] | TemplateError]]]:
     """(number, sample, its tokens) in batches."""
     chunks = list(rows.chunks(numbers, RENDER, RENDER_BYTES))
     taken: deque[list[Any]] = deque()  # whose tokens are not there yet
@@ -693,13 +693,14 @@ def _tokenised(
             taken.append([rows.sample(at) for at in chunk])
             yield taken[-1]
 
-    made: Iterator[Any]
+    made: Generator[Any]
     if wants == "text":
         made = ([[tokens] for tokens in chat.text_ids(batch)] for batch in batches())
     else:
         made = chat.render_all(batches(), len(numbers))
-    for chunk, tokens in zip(chunks, made, strict=True):
-        yield list(zip(map(int, chunk), taken.popleft(), tokens, strict=True))
+    with closing(made):
+        for chunk, tokens in zip(chunks, made, strict=True):
+            yield list(zip(map(int, chunk), taken.popleft(), tokens, strict=True))
 
 
 def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, stage: Stage, work: _Work) -> list[Tokens]:

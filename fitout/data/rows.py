@@ -123,7 +123,7 @@ class Rows:
 
     def chunks(self, numbers: np.ndarray, most: int, most_bytes: int) -> Iterator[np.ndarray]:
         """The numbers in pieces of at most so many samples, and of so many bytes unless one sample has more."""
-        ends = np.frombuffer(self._ends, np.int64)
+        ends = np.array(self._ends, np.int64)
         sizes = np.diff(ends, prepend=0)[numbers]
         start = held = 0
         for at, size in enumerate(sizes.tolist()):

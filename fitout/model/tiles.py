@@ -20,11 +20,11 @@ from .precision import has_amx
 ROWS = 128  # queries of a tile
 CELLS = 1 << 19  # scores of a tile: 2 MB in fp32
 ENOUGH = {torch.bfloat16: 16_000, torch.float32: 24_000}  # numbers of a head's queries; with fewer PyTorch's is as fast
-NARROW = 64  # numbers a head, and queries beyond which PyTorch's is as fast for heads no wider, and for wider ones
-LONG, LONG_WIDE = 640, 1024
+NARROW = 64  # numbers a head
+LONG, LONG_WIDE = 640, 1024  # queries beyond which PyTorch's is as fast in fp32, for heads no wider and for wider ones
+MOST = 4096  # queries and keys; beyond, tiles of heads that share their keys would be large
 FEW = 512  # queries up to which the kernel's backward is faster in fp32 than in bf16, casts included
-MOST_KEYS = 4096  # beyond, a tile of heads that share their keys would be large
-GRAIN = {torch.bfloat16: 32, torch.float32: 1}  # oneDNN compiles a product of bf16 once for each shape, 0.5 ms
+GRAIN = 32  # bf16 is filled up to multiples, beyond LONG of ROWS: oneDNN compiles and keeps a product for each shape
 PARTS = 3  # bf16 numbers that add up to one of fp32
 PAD = 16  # columns that hold them
 
@@ -38,7 +38,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     if not pays(query, key):
         key, value = (_repeat(x, query.shape[1]) for x in (key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-    (queries, keys), grain = (x.shape[2] for x in (query, key)), GRAIN[query.dtype]
+    (queries, keys), grain = (x.shape[2] for x in (query, key)), _grain(query.dtype, max(query.shape[2], key.shape[2]))
     scaled, across = _filled(query, grain, torch.float32).mul(scale), _filled(key, grain, torch.float32)
     value = _filled(value, grain)
     out, norm = value.new_empty(*scaled.shape[:-1], value.shape[-1]), scaled.new_empty(scaled.shape[:-1])
@@ -71,7 +71,8 @@ def slopes(
     """
     if not pays(query, key):
         return _slopes_of_kernel(grad, query, key, value, out, norm, causal, scale)
-    (queries, keys), grain, wide = (x.shape[2] for x in (query, key)), GRAIN[query.dtype], query.dtype == torch.float32
+    (queries, keys), wide = (x.shape[2] for x in (query, key)), query.dtype == torch.float32
+    grain = _grain(query.dtype, max(queries, keys))
     mean = _filled((grad.float() * out).sum(-1, keepdim=True).neg_(), grain)
     norm = _filled(norm.unsqueeze(-1), grain)
     scaled, across = _filled(query, grain, torch.float32).mul(scale), _filled(key, grain, torch.float32)
@@ -101,19 +102,27 @@ def slopes(
 
 
 def pays(query: Tensor, key: Tensor) -> bool:
-    """Whether tiles are faster than PyTorch's kernel for queries (1, H, L, D) and keys (1, K, S, D)."""
+    """Whether tiles are faster than PyTorch's kernel for queries (1, H, L, D) and keys (1, K, S, D). In bf16 they are
+    taken up to MOST, where the two are about as fast: the kernel's backward compiles anew for each length there."""
     batch, _, length, width = query.shape
-    enough = length * width >= ENOUGH.get(query.dtype, math.inf) and batch == 1
-    if query.dtype == torch.bfloat16 and has_amx():
+    low = query.dtype == torch.bfloat16
+    if batch > 1 or length * width < ENOUGH.get(query.dtype, math.inf) or key.shape[2] > MOST:
+        return False
+    if low and has_amx():
         return False  # not measured there, where PyTorch's kernel has instructions of its own
-    return enough and length <= (LONG if width <= NARROW else LONG_WIDE) and key.shape[2] <= MOST_KEYS
+    return length <= (MOST if low else LONG if width <= NARROW else LONG_WIDE)
 
 
 def sizes_in_bf16(width: int, longest: int) -> int:
     """How many sizes of tiles documents of up to `longest` tokens can have, with heads of `width` numbers."""
-    grain, least = GRAIN[torch.bfloat16], ENOUGH[torch.bfloat16] / width
-    most = min(longest, LONG if width <= NARROW else LONG_WIDE)
-    return math.ceil(most / grain) - math.ceil(least / grain) + 1 if most >= least else 0
+    lengths = range(math.ceil(ENOUGH[torch.bfloat16] / width), min(longest, MOST) + 1)
+    return len({length + -length % _grain(torch.bfloat16, length) for length in lengths})
+
+
+def _grain(kind: torch.dtype, longest: int) -> int:
+    if kind == torch.float32:
+        return 1
+    return GRAIN if longest <= LONG else ROWS
 
 
 def _heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -127,8 +136,7 @@ def _heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _tiles(queries: int, keys: int, grain: int, causal: bool) -> Iterator[tuple[slice, slice]]:
     """Tiles of queries and the keys that each may see."""
-    size = -(-queries // -(-queries // ROWS))
-    size += -size % grain
+    size = ROWS if grain > 1 else -(-queries // -(-queries // ROWS))  # as few sizes as can be; as even as can be
     for first in range(0, queries, size):
         last = min(first + size, queries)
         yield slice(first, last), slice(0, last if causal else keys)
