@@ -281,7 +281,11 @@ def _attention(result: dict[str, Any]) -> str:
         cells.setdefault(point["length"], []).append(f"{point['ms']['kernel']:.1f} ms, {ratio}")
     rows = [f"| {length:,} | {' | '.join(its)} |" for length, its in cells.items()]
     head = " | ".join(f"{heads}/{keys} heads of {width}, {kind}" for heads, keys, width, kind in kinds)
+    kept = result["kept_mb"]
     title = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
+    title += (
+        f" Each new length in bf16 keeps {kept['kernel']:.1f} MB by PyTorch's kernel, {kept['tiles']:.1f} MB by tiles."
+    )
     return f"{title}\n\n{_lines(f'| tokens | {head} |', rows)}"
 
 
