@@ -118,7 +118,8 @@ def _watched() -> list[int]:
     def held(process: Path) -> int:
         with suppress(OSError):  # it has just ended
             children = {one for task in (process / "task").iterdir() for one in (task / "children").read_text().split()}
-            own = next(line for line in (process / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+            lines = (process / "smaps_rollup").read_text().splitlines()
+            own = next((line for line in lines if line.startswith("Pss:")), "Pss: 0 kB")
             return int(own.split()[1]) * 1024 + sum(held(Path("/proc") / child) for child in children)
         return 0
 

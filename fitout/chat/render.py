@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import TemplateError, TemplateLimitError
 from . import ChatSettings
 from .render_worker import Span, divided, trained
-from .sandbox import Ask, Crew, Encoded, Renderer, Rewritten, renderer
+from .sandbox import Ask, Crew, Encoded, Renderer, renderer
 from .tokenizer import LoadedTokenizer, load_tokenizer
 from .types import Conversation, Message, Origin, Text, Tokens
 
@@ -120,9 +120,7 @@ class Chat:
         """`_each` by a process that encodes."""
         found: list[list[Tokens] | TemplateError] = []
         for answer, talk in zip(self._of_all(batch, by.encode), batch, strict=True):
-            if isinstance(answer, Rewritten):
-                found.append(self._rewritten())
-            elif isinstance(answer, TemplateError):
+            if isinstance(answer, TemplateError):
                 found.append(self._refused(answer))
             elif isinstance(answer, Encoded):
                 found.append([Tokens(ids, train_on, talk.origin) for ids, train_on in answer])
@@ -251,20 +249,17 @@ class Chat:
         try:
             return [_Rendered(*one) for one in divided(texts[0], texts[1:])]
         except ValueError:
-            raise self._rewritten() from None
+            raise TemplateError(
+                f"the chat template ({self.template_name}) writes a finished turn differently from its own prompt",
+                harm="The model would be trained on text that it never sees at inference.",
+                hint=f"Try chat.template_kwargs: {{{self._switch()}: true}} (or false), or another template.",
+            ) from None
 
     def _refused(self, error: TemplateError) -> TemplateError:
         return TemplateError(
             f"the chat template ({self.template_name}) does not render: {error.message}",
             harm="These messages cannot be turned into what the model reads.",
             hint="Correct the template or the messages, or set chat.template: plain.",
-        )
-
-    def _rewritten(self) -> TemplateError:
-        return TemplateError(
-            f"the chat template ({self.template_name}) writes a finished turn differently from its own prompt",
-            harm="The model would be trained on text that it never sees at inference.",
-            hint=f"Try chat.template_kwargs: {{{self._switch()}: true}} (or false), or another template.",
         )
 
     def _switch(self) -> str:
@@ -274,9 +269,8 @@ class Chat:
     def _sample(self) -> tuple[_Rendered, str]:
         """SAMPLE with its last turn supervised, and its prompt."""
         [[whole, prompt]] = self._render([(SAMPLE, (), [(2, False), (1, True)])])
-        if not whole.startswith(prompt):
-            raise self._rewritten()
-        return _Rendered(whole, ((len(prompt), len(whole)),)), prompt
+        [rendered] = self._divided([whole, prompt, whole])
+        return rendered, prompt
 
     def _encode(self, texts: list[str]) -> list[Any]:
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)

@@ -110,22 +110,18 @@ def rendered(
     return [first, *(len(text) if first.startswith(text) else text for text in rest)]
 
 
-def encoded(texts: list[Any], tokenizer: Any, control: Collection[int]) -> bytes | list[Any] | dict[str, str]:
+def encoded(texts: list[Any], tokenizer: Any, control: Collection[int]) -> bytes | list[Any]:
     """The samples of a conversation, each its number of ids, the ids and which of them are trained; `texts` itself
-    where the tokenizer refuses them."""
+    where they cannot be divided or encoded: the other side tries again, and tells what it finds."""
     first, *rest = texts  # strings, or the length of one that is a beginning of the first
-    try:
-        strings = divided(first, [first[:one] if isinstance(one, int) else one for one in rest])
-    except ValueError as error:
-        return {"rewritten": str(error)}
     frame = [b"\0"]
-    for text, spans in strings:
-        try:
+    try:
+        for text, spans in divided(first, [first[:one] if isinstance(one, int) else one for one in rest]):
             encoding = tokenizer.encode(text, add_special_tokens=False)
-        except Exception:  # the other side encodes it again, and tells what it finds
-            return texts
-        ids = array("i", encoding.ids)
-        frame += [len(ids).to_bytes(8, "little"), ids.tobytes(), trained(encoding, spans, control)]
+            ids = array("i", encoding.ids)
+            frame += [len(ids).to_bytes(8, "little"), ids.tobytes(), trained(encoding, spans, control)]
+    except Exception:
+        return texts
     return b"".join(frame)
 
 

@@ -48,10 +48,6 @@ class Ask:
     cuts: Sequence[tuple[int, bool]]
 
 
-class Rewritten(TemplateError):
-    """A finished turn of the assistant that does not begin with the prompt that the model will see."""
-
-
 class Encoded(tuple[tuple["array[int]", bytes], ...]):
     """The ids of each sample, and which of them are trained."""
 
@@ -110,7 +106,7 @@ class Renderer:
         self, template: str, variables: dict[str, Any], asks: Sequence[Ask]
     ) -> list[Encoded | list[str] | TemplateError]:
         """The samples of each conversation, whose cuts are the whole and for each supervised turn its prompt and the
-        string up to its end; the strings where they are long or the tokenizer refuses them. Otherwise as `render`."""
+        string up to its end; the strings where they are long or cannot be divided or encoded. Otherwise as `render`."""
         return self._answers(template, variables, asks, encode=True)
 
     def _answers(self, template: str, variables: dict[str, Any], asks: Sequence[Ask], *, encode: bool) -> list[Any]:
@@ -158,8 +154,6 @@ class Renderer:
                 done.append([first[:part] if isinstance(part, int) else part for part in answer])
             elif "limit" in answer:
                 raise _Died(answer["limit"])
-            elif "rewritten" in answer:
-                done.append(Rewritten(answer["rewritten"]))
             else:
                 done.append(TemplateError(answer["error"]))
 

@@ -2,8 +2,8 @@
 
 PyTorch's own kernel multiplies blocks too small for a processor's matrix products to come to their speed. Here a tile
 of queries of several heads at once meets all keys it may see; what stands between the products stays in the cache.
-Which of the two is taken is read from the type of the numbers and the shape alone, so a run that goes on adds up in the
-same order. Measured by `python -m benchmarks.attention`.
+Which of the two is taken is read from type, shape and processor alone, so a run that goes on adds up in the same
+order. Measured by `python -m benchmarks.attention`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     if not pays(query, key):
         key, value = (_repeat(x, query.shape[1]) for x in (key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-    (queries, keys), grain = (x.shape[2] for x in (query, key)), _grain(query.dtype, max(query.shape[2], key.shape[2]))
+    queries, keys = (x.shape[2] for x in (query, key))
+    grain = _grain(query.dtype, max(queries, keys))
     scaled, across = _filled(query, grain, torch.float32).mul(scale), _filled(key, grain, torch.float32)
     value = _filled(value, grain)
     out, norm = value.new_empty(*scaled.shape[:-1], value.shape[-1]), scaled.new_empty(scaled.shape[:-1])
@@ -74,7 +75,7 @@ def slopes(
     (queries, keys), wide = (x.shape[2] for x in (query, key)), query.dtype == torch.float32
     grain = _grain(query.dtype, max(queries, keys))
     mean = _filled((grad.float() * out).sum(-1, keepdim=True).neg_(), grain)
-    norm = _filled(norm.unsqueeze(-1), grain)
+    whole = None if alone else _filled(norm.unsqueeze(-1), grain)
     scaled, across = _filled(query, grain, torch.float32).mul(scale), _filled(key, grain, torch.float32)
     grad, query, key, value = (_filled(x, grain) for x in (grad, query, key, value))
     left, right = (grad, value) if wide else (_beside(grad, mean), _beside(value, None))
@@ -87,8 +88,8 @@ def slopes(
             q, g = _fold(query[its, rows], key[few]), _fold(grad[its, rows], key[few])
             scores = _scores(_fold(scaled[its, rows], key[few]), k[:, :, seen], rows, None if causal else keys)
             weights = torch.softmax(scores, -1)
-            if not alone:
-                weights *= (_norm(scores, weights).unsqueeze(-1) - _fold(norm[its, rows], key[few])).exp_()
+            if whole is not None:
+                weights *= (_norm(scores, weights).unsqueeze(-1) - _fold(whole[its, rows], key[few])).exp_()
             offset, beta = (_fold(mean[its, rows], key[few]), scale) if wide else (nothing, 0)
             slope = torch.baddbmm(offset, _fold(left[its, rows], key[few]), v[:, :, seen], beta=beta, alpha=scale)
             shares, slope = weights.to(q.dtype), (slope * weights).to(q.dtype)

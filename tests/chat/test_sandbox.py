@@ -201,6 +201,12 @@ def test_they_end_when_nobody_takes_more(tmp_path, monkeypatch):
     assert not children() - before and time.monotonic() - began < 5
 
 
+def test_a_thread_of_theirs_that_ends_them_does_not_wait_for_itself(tmp_path):
+    """As when it collects a generator that nobody closed."""
+    with sandbox.Crew(2, "", ()) as crew:
+        crew.submit(lambda renderer: crew._end()).result(20)
+
+
 def test_a_long_row_and_what_a_tokenizer_refuses_are_encoded_by_this_process(tmp_path, monkeypatch):
     """Under the limit on memory it would end the process that renders."""
     chat = open_chat(folder(tmp_path, WORDS, tokens=SPELLED, eos="<|im_end|>"))
@@ -209,6 +215,12 @@ def test_a_long_row_and_what_a_tokenizer_refuses_are_encoded_by_this_process(tmp
     monkeypatch.setattr(rendering, "FEW", 0)
     [[group]] = chat.render_all([[long]], 1)
     assert group == alone
+    stripped = WORDS.replace("m.content", "m.content[:5] if m.role == 'assistant' and not loop.last else m.content")
+    monkeypatch.setattr(chat.tokenizer, "chat_template", stripped)
+    several = talk(TURNS[0], Message("assistant", "word " * 2_000_000), *TURNS[:2])
+    [[group]] = chat.render_all([[several]], 1)
+    assert group == chat.render(several) and len(group) == 2
+    monkeypatch.setattr(chat.tokenizer, "chat_template", WORDS)
     odd = talk(Message("user", "a\ud800b"), TURNS[1])
     with pytest.raises(Exception) as here:
         chat.render(odd)

@@ -191,8 +191,10 @@ def test_documents_attention_equals_each_document_alone(dtype, width):
         [((a - t).norm() / t.norm()).item() for a, t in zip(x, exact, strict=True)] for x in (ours, theirs)
     )
     assert max(far) <= (1e-6 if dtype == torch.float32 else 1e-2)
-    assert far[0] <= 1.3 * their_far[0]  # about as far from the truth as PyTorch's own is
-    assert max(far[1:]) <= 1.2 * max(their_far[1:])
+    if dtype == torch.float32 or width == 8:  # no further from the truth than PyTorch's own is
+        assert all(a <= 1.2 * b for a, b in zip(far, their_far, strict=True))
+    else:  # tiles in bf16 round queries' gradients twice, those of keys and values less than PyTorch does
+        assert far[0] <= 1.3 * their_far[0] and max(far[1:]) <= max(their_far[1:])
 
 
 @pytest.mark.parametrize(("length", "width"), [(9, 8), (300, 64)])  # by PyTorch's kernel, in tiles
@@ -206,6 +208,6 @@ def test_documents_attention_under_autocast(length, width):
         out, _ = packed_attention(None, *leaves[:2], leaves[2].bfloat16(), None, **how)
     alone, _ = packed_attention(None, *(leaf.bfloat16() for leaf in leaves), None, **how)
     assert out.dtype == torch.bfloat16 and torch.equal(out, alone)
-    torch.testing.assert_close(out.float(), each_alone(leaves, how["segments"]), atol=3e-2, rtol=2e-2)
+    torch.testing.assert_close(out.float(), each_alone(leaves, how["segments"]), atol=2e-2, rtol=2e-2)
     out.sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
