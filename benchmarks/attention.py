@@ -25,6 +25,7 @@ from torch import Tensor
 from fitout.layout import Segment
 from fitout.model import tiles
 from fitout.model.attention import packed_attention
+from fitout.model.precision import has_bf16
 from fitout.plan.machine import resident
 
 from .against_trl import machine
@@ -60,7 +61,8 @@ def _compare(heads: int, keys: int, width: int, length: int, kind: torch.dtype) 
     slope = torch.randn(1, length, heads, width).to(kind)
     exact = _exact(leaves, slope)
     chosen = tiles.ENOUGH, tiles.NARROW, tiles.LONG_WIDE
-    taken = "tiles" if tiles.pays(*leaves[:2]) else "kernel"
+    computed = [x if has_bf16() else x.float() for x in leaves[:2]]
+    taken = "tiles" if tiles.pays(*computed) else "kernel"
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     errors: dict[str, float] = {}
     for _ in range(WARMUP + ROUNDS):

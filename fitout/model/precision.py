@@ -58,11 +58,22 @@ def decide(asked: str, device: torch.device, *, width: int = 512) -> Precision:
     return Precision("fp32", f"bf16 does not pay here ({ratio:.1f} times fp32 in a linear layer)")
 
 
-@cache
 def has_amx() -> bool:
     """Whether this CPU multiplies tiles of bf16 numbers in hardware (Intel's AMX)."""
+    return "amx_bf16" in _instructions()
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 numbers (x86 or ARM)."""
+    return not _instructions().isdisjoint(("amx_bf16", "avx512_bf16", "bf16"))
+
+
+@cache
+def _instructions() -> frozenset[str]:
+    """What the first core says that it has; nothing where the system does not tell."""
     info = Path("/proc/cpuinfo")
-    return info.exists() and "amx_bf16" in info.read_text()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return frozenset(next((line.split() for line in lines if line.lower().startswith(("flags", "features"))), ()))
 
 
 def use_threads(width: int, device: torch.device) -> str | None:

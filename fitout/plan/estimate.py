@@ -143,13 +143,15 @@ def kernel_bytes(shape: Shape, setup: Setup, work: Work) -> float:
     """
     if setup.device == "cuda" or not compiles_bf16():
         return 0.0
-    from ..model.precision import has_amx
+    from ..model.precision import has_amx, has_bf16
     from ..model.tiles import sizes_in_bf16
 
     known = _memory_constants(setup)
     looked = [one.tokens for step in work.steps for one in step]
     sizes = min(SIZES_KEPT, round(len(set(looked)) * max(1.0, work.total_steps / len(work.steps))))
-    if has_amx():
+    if not has_bf16():
+        attention = 0.0  # computed in fp32
+    elif has_amx():
         attention = known["length_mb"] * work.lengths * min(shape.heads, threads())
     else:
         attention = known["tile_mb"] * min(work.lengths, sizes_in_bf16(shape.head_dim, work.longest))

@@ -33,13 +33,18 @@ def outcome(attend, q, k, v, slope):
 )  # PyTorch's kernel, in tiles, in tiles of one head of the keys
 @pytest.mark.parametrize("segments", [FLAT, TREE, ROOT_AFTER_ROOT, LARGE], ids=["flat", "tree", "two trees", "large"])
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize(("kind", "size"), [(torch.float32, 1), (torch.float32, 30), (torch.bfloat16, 1)])
-def test_equals_a_dense_softmax(segments, groups, kind, size, cells, monkeypatch):
-    """`size` 30 makes scores so large that a wrong way of joining two parts overflows or forgets one."""
+@pytest.mark.parametrize(
+    ("kind", "size", "instructions"),
+    [(torch.float32, 1, True), (torch.float32, 30, True), (torch.bfloat16, 1, True), (torch.bfloat16, 1, False)],
+)
+def test_equals_a_dense_softmax(segments, groups, kind, size, instructions, cells, monkeypatch):
+    """`size` 30 makes scores so large that a wrong way of joining two parts overflows or forgets one; `instructions`:
+    whether the processor has some for bf16."""
     length = segments[-1].end
     monkeypatch.setattr(tiles, "ENOUGH", dict.fromkeys(tiles.ENOUGH, 0 if cells else math.inf))
     monkeypatch.setattr(tiles, "LONG", length)
     monkeypatch.setattr(tiles, "has_amx", lambda: False)
+    monkeypatch.setattr(tiles, "has_bf16", lambda: instructions)
     monkeypatch.setattr(tiles, "CELLS", cells)
     torch.manual_seed(0)
     q, slope = torch.randn(1, 2 * groups, length, 8) * size, torch.randn(1, length, 2 * groups, 8)
@@ -67,6 +72,7 @@ def test_a_window_over_a_tree():
 @pytest.mark.parametrize("longest", [100, 300, 2000, 5000])
 def test_the_sizes_of_tiles_that_a_plan_counts(width, longest, monkeypatch):
     monkeypatch.setattr(tiles, "has_amx", lambda: False)
+    monkeypatch.setattr(tiles, "has_bf16", lambda: True)
     sizes = set()
     monkeypatch.setattr(tiles, "_heads", lambda query, key: sizes.add(query.shape[1]) or ())
     for n in range(1, longest + 1):
@@ -74,6 +80,21 @@ def test_the_sizes_of_tiles_that_a_plan_counts(width, longest, monkeypatch):
         if tiles.pays(x, x):
             tiles.attend(x, x, x, True, 1.0)
     assert tiles.sizes_in_bf16(width, longest) == len(sizes)
+
+
+@pytest.mark.parametrize("length", [40, 300, 700])  # by PyTorch's kernel, in tiles, by the kernel again
+def test_bf16_without_instructions_for_it_is_fp32_rounded(length, monkeypatch):
+    monkeypatch.setattr(tiles, "has_bf16", lambda: False)
+    torch.manual_seed(0)
+    rounded = [torch.randn(1, 2, length, 96).bfloat16() for _ in range(3)] + [torch.randn(1, length, 2, 96).bfloat16()]
+
+    def attend(*x):
+        return packed_attention(None, *x, None, segments=(Segment(0, length),))[0]
+
+    wide, got = outcome(attend, *(x.float() for x in rounded)), outcome(attend, *rounded)
+    assert all(one.dtype == torch.bfloat16 for one in got)
+    for a, b in zip(got, wide, strict=True):  # rounding alone: 1.7e-3 of a norm
+        assert float((a.float() - b).norm() / b.norm()) < 2.2e-3
 
 
 def test_what_pytorch_computes_itself(monkeypatch):
