@@ -65,9 +65,10 @@ def packed_attention(
         )  # fmt: skip
     longest = max(segment.length for segment in segments)
     windowed = sliding_window is not None and longest > sliding_window
-    if query.device.type == "cpu" and not dropout and not windowed:
-        if torch.is_autocast_enabled("cpu"):  # which casts for PyTorch's own attention, but not inside a function
-            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # which casts for PyTorch's own attention only; turned queries are fp32
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    if kind == "cpu" and not dropout and not windowed:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.autocast("cpu", enabled=False):  # scores stay fp32
             return _Documents.apply(query, key, value, segments, scale), None

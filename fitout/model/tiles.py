@@ -74,8 +74,8 @@ def slopes(
     inside the product, so that what cancels costs no digits.
     """
     if _emulated(query):
-        found = slopes(*(x.float() for x in (grad, query, key, value, out)), norm, causal, scale, alone)
-        return [slope.to(query.dtype) for slope in found]
+        g, q, k, v, o = (x.float() for x in (grad, query, key, value, out))
+        return [slope.to(query.dtype) for slope in slopes(g, q, k, v, o, norm, causal, scale, alone)]
     if not pays(query, key):
         return _slopes_of_kernel(grad, query, key, value, out, norm, causal, scale)
     (queries, keys), wide = (x.shape[2] for x in (query, key)), query.dtype == torch.float32

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Segment
+from .send import send
 
 DTYPES = (torch.bfloat16, torch.float16)  # what flash attention computes in
 TOLERANCE = 0.03  # of the largest value; bf16 keeps 8 bits of a number
@@ -54,12 +55,12 @@ def _attend(
     window: int | None,
 ) -> Tensor:
     looked_at, ends_q, ends_k, longest_q, longest_k = _sequences(tuple(segments), query.device)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] would be copied in the backward
     if looked_at is not None:
         k, v = k.index_select(0, looked_at), v.index_select(0, looked_at)
     left = -1 if window is None else window - 1
     out = kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, scale=scale, window_size=(left, 0))
-    return out[None]
+    return out.unsqueeze(0)
 
 
 @lru_cache(maxsize=64)  # every layer of a forward, and its backward, asks for the same block
@@ -71,14 +72,14 @@ def _sequences(segments: tuple[Segment, ...], device: torch.device) -> tuple[Ten
         seen.append([*(seen[segment.parent] if segment.parent >= 0 else []), segment])
     lengths_q = [segment.length for segment in segments]
     lengths_k = [sum(s.length for s in line) for line in seen]
-    looked_at = None
-    if any(segment.parent >= 0 for segment in segments):
-        looked_at = torch.cat([torch.arange(s.start, s.end) for line in seen for s in line]).to(device)
-    ends_q, ends_k = (
-        torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    ends = [
+        torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         for lengths in (lengths_q, lengths_k)
-    )
-    return looked_at, ends_q, ends_k, max(lengths_q), max(lengths_k)
+    ]
+    places = torch.cat([torch.arange(s.start, s.end) for line in seen for s in line])
+    ends_q, ends_k, looked_at = send([*ends, places], device)
+    in_place = all(segment.parent < 0 for segment in segments)
+    return None if in_place else looked_at, ends_q, ends_k, max(lengths_q), max(lengths_k)
 
 
 @cache

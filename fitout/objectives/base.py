@@ -14,6 +14,7 @@ from ..layout import Layout, Segment
 from ..model.attention import NAME as PACKED
 from ..model.head import WHOLE, head_cross_entropy, kind_of_head
 from ..model.parts import DATA, HEAD, part
+from ..model.send import send
 
 
 class Objective(Protocol):
@@ -27,8 +28,9 @@ class Objective(Protocol):
 ROUND_TO = 64  # tokens; a row of another length has bf16 kernels compiled for it on a CPU, 18 MB that are never freed
 
 
-def inputs(layout: Layout, device: torch.device, *, round_to: int = 1) -> dict[str, object]:
-    """The forward's arguments for one layout: a batch of one row of T tokens, no mask, no cache.
+def inputs(layout: Layout, device: torch.device, *, round_to: int = 1) -> tuple[dict[str, object], list[Tensor]]:
+    """The forward's arguments for one layout, a batch of one row of T tokens, no mask, no cache; and the layout's
+    targets: where, which tokens, with which weights. All on the device.
 
     With `round_to` a document of its own, which nobody sees, fills the row up to a multiple of so many tokens.
     """
@@ -36,12 +38,15 @@ def inputs(layout: Layout, device: torch.device, *, round_to: int = 1) -> dict[s
     ids = np.concatenate([layout.ids, np.zeros(filling, np.int64)])
     positions = np.concatenate([layout.positions, np.arange(filling, dtype=np.int64)])
     more = (Segment(layout.tokens, layout.tokens + filling),) if filling else ()
-    return {
-        "input_ids": torch.from_numpy(ids).to(device)[None],
-        "position_ids": torch.from_numpy(positions).to(device)[None],
+    arrays = (ids, positions, layout.target_at, layout.target_token, layout.target_weight)
+    there, standing, *targets = send([torch.from_numpy(array) for array in arrays], device)
+    fed = {
+        "input_ids": there[None],
+        "position_ids": standing[None],
         "segments": (*layout.segments, *more),
         "use_cache": False,
     }
+    return fed, targets
 
 
 def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -51,16 +56,13 @@ def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     that, it runs whole, at those positions.
     """
     device = getattr(model, "fitout_device", None) or next(model.parameters()).device  # off-loaded ones are elsewhere
-    at = torch.from_numpy(layout.target_at).to(device)
-    tokens = torch.from_numpy(layout.target_token).to(device)
-    weights = torch.from_numpy(layout.target_weight).to(device)
     with part(DATA):
-        fed = inputs(layout, device, round_to=_rounding(model, device))
+        fed, (at, tokens, weights) = inputs(layout, device, round_to=_rounding(model, device))
     if kind_of_head(model) != WHOLE:
-        hidden = model.get_decoder()(**fed).last_hidden_state[0]
+        hidden = model.get_decoder()(**fed).last_hidden_state.squeeze(0)
         with part(HEAD):
             return head_cross_entropy(model, hidden.index_select(0, at), tokens, weights)
-    logits = model(**fed, logits_to_keep=at).logits[0].float()
+    logits = model(**fed, logits_to_keep=at).logits.squeeze(0).float()
     with part(HEAD):
         losses = F.cross_entropy(logits, tokens, reduction="none")
         return (losses * weights).sum(), losses.detach()

@@ -56,7 +56,7 @@ def test_packed_documents_and_trees_equal_each_alone(family):
 
         layout = lay_out(ids, trained, range(3))
         assert (layout.tokens < sum(map(len, ids))) == bool(prefix)
-        logits = packed(**inputs(layout, torch.device("cpu"))).logits[0]
+        logits = packed(**inputs(layout, torch.device("cpu"))[0]).logits[0]
         together = [logits[layout.target_at[layout.target_sample == n]] for n in range(3)]
         sum((x * w).sum() for x, w in zip(together, weights, strict=True)).backward()
 

@@ -21,7 +21,7 @@ def test_filling_changes_nothing(monkeypatch):
     ids, train_on = random_samples(5, prefix=20)
     layout = lay_out(ids, train_on, range(5), share=True)
     assert layout.tokens % base.ROUND_TO and any(segment.parent >= 0 for segment in layout.segments)
-    filled = base.inputs(layout, torch.device("cpu"), round_to=base.ROUND_TO)
+    filled, _ = base.inputs(layout, torch.device("cpu"), round_to=base.ROUND_TO)
     assert filled["input_ids"].shape[1] % base.ROUND_TO == 0
     assert filled["segments"][-1].end == filled["input_ids"].shape[1] == filled["position_ids"].shape[1]
     assert np.array_equal(filled["input_ids"][0, : layout.tokens], layout.ids)
