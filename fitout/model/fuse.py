@@ -12,14 +12,21 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layout import Segment
+from . import between
+from .between import Between
 from .fused import rms_norm, rotary, swiglu
+from .head import WHOLE, head_cross_entropy, kind_of_head
 
 ROUNDING = 1e-5  # largest difference over largest value, fp32
+TRIED = (96, 161)  # tokens; the second compiles once more, for any number of them
+SAME = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of the largest value
 
 
 @contextmanager
@@ -167,3 +174,69 @@ def _agree(own: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], x:
         y.backward(_random(*y.shape))
         results.append((y.detach(), at.grad))
     return all(bool((a - b).abs().max() <= ROUNDING * a.abs().max()) for a, b in zip(*results, strict=True))
+
+
+# another form of what lies between products
+
+
+def why_not(model: Any, form: Between) -> str | None:
+    """Why `form` is not to be used in the place of what is in use, or None: it does not run here, or one of its
+    functions gives another result where the model itself calls it. Also has everything compiled."""
+    gaps: dict[str, float] = {}
+    try:
+        with between.using(_side_by_side(between.in_use, form, gaps)):
+            for tokens in TRIED:
+                _forward_and_back(model, tokens)
+    except Exception as error:  # whatever a compiler may say
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    for name, gap in gaps.items():
+        if not gap <= SAME[model.dtype]:
+            return f"the results of {name} differ by {gap:.2g} of the largest value"
+    return None
+
+
+def _side_by_side(own: Between, other: Between, gaps: dict[str, float]) -> Between:
+    """`own`, with `other` called on the same tensors; the largest difference of each function goes into `gaps`."""
+
+    def both(name: str) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            theirs = getattr(other, name)(*(x.clone() if isinstance(x, Tensor) else x for x in given))
+            result = getattr(own, name)(*given)
+            for a, b in zip(_tensors(theirs), _tensors(result), strict=False):  # what only one of them keeps is last
+                gap = float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30))
+                gaps[name] = gap if gap != gap else max(gap, gaps.get(name, 0.0))
+            return result
+
+        return call
+
+    return Between(**{field.name: both(field.name) for field in fields(Between)})
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [x for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
+
+
+def _forward_and_back(model: Any, tokens: int) -> None:
+    """One document of random embeddings through the model, and the gradient of its loss back to them."""
+    device, noise = next(model.parameters()).device, torch.Generator().manual_seed(tokens)
+    embedding = model.get_input_embeddings().weight
+    given = torch.randn(1, tokens, embedding.shape[1], generator=noise).to(device, embedding.dtype).requires_grad_()
+    targets = torch.randint(len(embedding), (tokens,), generator=noise).to(device)
+    weights = torch.rand(tokens, generator=noise).to(device)
+    training = model.training
+    model.eval()  # nothing is left to chance
+    try:
+        with torch.enable_grad():
+            hidden = model.get_decoder()(
+                inputs_embeds=given, position_ids=torch.arange(tokens, device=device)[None],
+                segments=(Segment(0, tokens),), use_cache=False,
+            ).last_hidden_state.squeeze(0)  # fmt: skip
+            if kind_of_head(model) == WHOLE:
+                loss = (hidden.float() * weights[:, None]).sum()
+            else:
+                loss, _ = head_cross_entropy(model, hidden, targets, weights)
+                with torch.no_grad():
+                    head_cross_entropy(model, hidden, targets, weights)  # as in an evaluation
+            torch.autograd.grad(loss, given)
+    finally:
+        model.train(training)

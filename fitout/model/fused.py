@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import between
+
 THIN = 16  # columns; of fewer a product in fp32 took 2 to 7 times as long on a CPU as with its factors turned round
-CHUNK_BYTES = 8 << 20  # of logits alive at once; 32 MB took 4 % more time in whole steps on 2 cores
+# Logits alive at once, in fp32. On a CPU 32 MB took 4 % more time in whole steps (2 cores); a GPU needs large products.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+
+
+def chunk_rows(vocab: int, device: str) -> int:
+    """Rows of logits that are formed at once on a kind of device."""
+    return max(64, CHUNK_BYTES[device] // (4 * vocab))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -23,8 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor):
-        rows, vocab = hidden.shape[0], weight.shape[0]
-        step = max(64, CHUNK_BYTES // (4 * vocab))
+        rows, step = len(hidden), chunk_rows(len(weight), hidden.device.type)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -33,22 +40,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)
         for start in range(0, rows, step):
             part = slice(start, min(rows, start + step))
-            logits = F.linear(hidden[part], matrix).float()
+            logits, picked = F.linear(hidden[part], matrix), targets[part, None]
             if bias is not None:
-                logits += bias
-            picked = targets[part, None]
-            at_target = logits.gather(1, picked)
-            largest = logits.amax(-1, keepdim=True)
-            slope = logits.sub_(largest).exp_()
-            norm = slope.sum(-1, keepdim=True)
-            losses[part] = (norm.log() + largest - at_target).squeeze(1)
+                logits = logits.float().add_(bias)
             if not (need_hidden or need_weight or need_bias):
+                losses[part] = between.in_use.losses(logits, picked)
                 continue
-            slope *= weights[part, None] / norm
-            slope.scatter_add_(1, picked, -weights[part, None])
+            kind = hidden.dtype if grad_bias is None else torch.float32
+            losses[part], slope = between.in_use.loss_slopes(logits, picked, weights[part], kind)
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-            slope = slope.to(hidden.dtype)
+                slope = slope.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(slope, matrix, out=grad_hidden[part])
             if grad_weight is not None:
@@ -80,6 +82,9 @@ def linear_cross_entropy(
     Returns the sum (scalar, differentiable once) and the unweighted losses (N), detached.
     """
     hidden = hidden.to(_compute_dtype(hidden))
+    if not torch.is_grad_enabled():  # which autograd's functions are not told
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, bias, targets, weights)
 
@@ -135,7 +140,7 @@ class _GatedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale):
-        flat = F.silu(gate).mul_(up).reshape(-1, gate.shape[-1])
+        flat = between.in_use.gated(gate, up).reshape(-1, gate.shape[-1])
         ctx.kinds, a, b = (a.dtype, b.dtype), a.to(gate.dtype), b.to(gate.dtype)
         low = flat @ a.t()
         out = F.linear(flat, weight, bias).addmm_(low, b.t(), alpha=scale)
@@ -149,10 +154,11 @@ class _GatedLoraLinear(torch.autograd.Function):
         grad, (kind_a, kind_b) = grads[0].reshape(-1, grads[0].shape[-1]), ctx.kinds
         grad_low = _scaled(grad, b, ctx.scale)
         grad_b = _scaled(grad.t(), low, ctx.scale).to(kind_b)
-        swish = F.silu(gate)
-        grad_a = (grad_low.t() @ (swish * up).view(-1, gate.shape[-1])).to(kind_a)
+        product, kept = between.in_use.gated_again(gate, up)
+        grad_a = (grad_low.t() @ product.view(-1, gate.shape[-1])).to(kind_a)
+        del product
         grad_x = (grad @ weight).addmm_(grad_low, a).view_as(gate)
-        return *_swiglu_backward(grad_x, gate, up, swish), None, None, grad_a, grad_b, None
+        return *between.in_use.gated_slopes(grad_x, gate, up, kept), None, None, grad_a, grad_b, None
 
 
 def gated_lora_linear(
@@ -172,18 +178,12 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return between.in_use.gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         gate, up = ctx.saved_tensors
-        return _swiglu_backward(grads[0], gate, up, F.silu(gate))
-
-
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, swish: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up; `swish` = silu(gate) is overwritten."""
-    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    return grad_gate, swish.mul_(grad)
+        return between.in_use.gated_slopes(grads[0], gate, up, None)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -196,22 +196,17 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float):
-        wide = x.float()
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, inverse = between.in_use.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        rounded = (wide * inverse).to(x.dtype)
-        return rounded.mul_(weight) if x.dtype == weight.dtype else rounded * weight
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        x, weight, inverse = ctx.saved_tensors
-        wide, grad = x.float(), grads[0]
-        slope = grad.float() * weight
-        along = torch.linalg.vecdot(slope, wide).unsqueeze(-1).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        grad_x = torch.addcmul(slope.mul_(inverse), wide, along).to(x.dtype) if ctx.needs_input_grad[0] else None
+        (x, weight, inverse), grad = ctx.saved_tensors, grads[0]
+        grad_x = between.in_use.norm_slope(grad, x, weight, inverse) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.float() * (wide * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = (grad.float() * (x.float() * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None
 
 
@@ -229,20 +224,11 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor):
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        out = x * cos
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out
+        return between.in_use.turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        (cos, sin), grad = ctx.saved_tensors, grads[0]
-        half = grad.shape[-1] // 2
-        out = grad * cos
-        out[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-        out[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
-        return out, None, None
+        return between.in_use.turned_back(grads[0], *ctx.saved_tensors), None, None
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import CHUNK_BYTES, linear_cross_entropy
+from .fused import chunk_rows, linear_cross_entropy
 
 PLAIN, OWN, WHOLE = "plain", "own", "whole"
 TRIED = 16  # tokens of the small head that a forward is tried with
@@ -43,7 +43,9 @@ def head_cross_entropy(model: Any, hidden: Tensor, targets: Tensor, weights: Ten
         return linear_cross_entropy(hidden, head.weight, head.bias, targets, weights)
     below = {id(p) for p in model.get_decoder().parameters()} - {id(p) for p in head.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in below]
-    rows = max(64, CHUNK_BYTES // (4 * head.weight.shape[0]))
+    if not torch.is_grad_enabled():  # which autograd's functions are not told
+        hidden, trained = hidden.detach(), []
+    rows = chunk_rows(len(head.weight), hidden.device.type)
 
     def logits_of(chunk: Tensor) -> Tensor:
         return _own_logits(model, chunk)

@@ -229,9 +229,9 @@ def layer_transient(shape: Shape, cost: Cost, setup: Setup, tokens: int) -> floa
 
 def loss_bytes(shape: Shape, cost: Cost, setup: Setup, batch: MicroBatch) -> float:
     """The head's part (model/head.py): logits of one chunk of targets, a few times; gradients of hidden and head."""
-    from ..model.fused import CHUNK_BYTES
+    from ..model.fused import chunk_rows
 
-    rows = min(batch.targets, max(64, CHUNK_BYTES // (4 * shape.vocab)))
+    rows = min(batch.targets, chunk_rows(shape.vocab, setup.device))
     logits = _memory_constants(setup)["chunks"] * 4.0 * rows * shape.vocab
     hidden = 3.0 * setup.width * batch.targets * shape.hidden
     head = 4.0 * shape.head_weights if cost.trains_head else 0.0

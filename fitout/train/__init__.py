@@ -44,6 +44,11 @@ class TrainSettings(BaseModel):
         description="recompute activations to save memory: true in all layers, 0.25 in a quarter of them; auto: only "
         "when memory runs out, in a quarter, half, three quarters, all",
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile of what lies between matrix products (norms, rotations, activations, the loss); "
+        "auto: on a GPU, for a training of more than ten minutes",
+    )
     on_nonfinite: Literal["skip", "stop"] = Field(
         "skip", description="a step with NaN or Inf: skip it (ten in a row end the run), or stop at the first"
     )

@@ -305,6 +305,7 @@ def forecast_run(
         "predicted": {
             "peak_mb": round(peak / MB),
             "step_seconds": float(f"{row.step_seconds:.4g}") if timed else None,
+            "total_seconds": float(f"{row.total_seconds:.4g}") if timed else None,
             "rehearsed": row.rehearsed,
             "moment": row.memory.moment,
             "terms_mb": {name: round(size / MB) for name, size in row.memory.terms.items()},

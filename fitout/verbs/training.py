@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +158,11 @@ def _train_model(
     if forecast and not forecast["predicted"]["step_seconds"]:
         listeners.append(Pace(screen.say))
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
-    with fused(model), backend.watched(directory.stacks, recipe.train.hang_after):
+    with (
+        fused(model),
+        _compiled(recipe, directory, model, backend, forecast, screen),
+        backend.watched(directory.stacks, recipe.train.hang_after),
+    ):
         progress = fit(job, backend, listeners, resume=resume)
     if backend.main:
         _save_trained(recipe, directory, method, model, chat)
@@ -189,6 +195,50 @@ def _packs(model: Any, backend: Backend, screen: Screen) -> bool:
     model.set_attn_implementation(backend.agree(model.config._attn_implementation, (PACKED, "sdpa", "eager")))
     screen.say(f"{why}: samples are computed one by one, without packing")
     return False
+
+
+COMPILE_PAYS = 600  # seconds of a training; compiling takes some ten
+
+
+@contextmanager
+def _compiled(
+    recipe: Recipe, directory: RunDir, model: Any, backend: Backend, forecast: Any, screen: Screen
+) -> Iterator[None]:
+    """What lies between the model's products compiled until the block ends, where the recipe or the expected length
+    says so and the trial agrees. A run keeps the form it began with, so that it goes on to the same numbers."""
+    from ..model import between
+    from ..model.fuse import why_not
+
+    wanted, began_with = recipe.train.compile, directory.read_status().get("compiled")
+    if wanted == "auto":
+        seconds = (forecast or {}).get("predicted", {}).get("total_seconds") or 0
+        wanted = backend.device.type == "cuda" and seconds > COMPILE_PAYS
+    if began_with is not None:
+        wanted = began_with
+    wanted = backend.agree("yes" if wanted else "no", ("yes", "no")) == "yes"
+    if wanted and backend.spreads:
+        screen.say("not compiled: an engine that divides the weights has none of its own to try it on")
+        wanted = False
+    form, start = between.WRITTEN, time.perf_counter()
+    if wanted:
+        form = between.compiled()
+        with backend.compute():
+            why = why_not(model, form)
+        if not backend.any(bool(why)):
+            screen.say(f"compiled what lies between products: {time.perf_counter() - start:.0f} s (train.compile)")
+        elif began_with:
+            raise FitoutError(
+                f"this run began with train.compile, which does not work here: {why or 'on another rank'}",
+                harm="Going on without it would give other numbers than an uninterrupted run.",
+                hint="Go on where it works, or start anew with train.compile: false and another name or --out.",
+            )
+        else:
+            form = between.WRITTEN
+            screen.say(f"not compiled: {why or 'another rank could not'}")
+    if backend.main:
+        directory.update_status(compiled=form is not between.WRITTEN)
+    with between.using(form):
+        yield
 
 
 def _go_on_from(recipe: Recipe, model: Any, method: Any) -> None:

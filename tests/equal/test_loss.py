@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fitout.data.pack import lay_out
-from fitout.model import fused
+from fitout.model import between, fused
 from fitout.model.fused import linear_cross_entropy, lora_linear
 from fitout.objectives import SftSettings, create
 from tests.conftest import tiny_llama
@@ -67,7 +69,7 @@ def plain_cross_entropy(hidden, weight, bias, targets, weights):
 @pytest.mark.parametrize("chunk_bytes", [1, 64 * 4 * 97, 32 << 20])
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
 def test_linear_cross_entropy(monkeypatch, bias, chunk_bytes, rows):
-    monkeypatch.setattr(fused, "CHUNK_BYTES", chunk_bytes)  # 1: chunks of 64 rows, the smallest
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", chunk_bytes)  # 1: chunks of 64 rows, the smallest
     ours, theirs = head(rows, bias=bias), head(rows, bias=bias)
     loss, each = linear_cross_entropy(*ours)
     want, want_each = plain_cross_entropy(*theirs)
@@ -95,15 +97,18 @@ def test_linear_cross_entropy_trains_only_what_is_asked(trained):
     assert all(ours[other].grad is None for other in range(3) if other != at)
 
 
-def test_linear_cross_entropy_without_gradients():
+def test_linear_cross_entropy_without_gradients(monkeypatch):
+    """An evaluation forms none, also where the head is trained."""
     hidden, weight, bias, targets, weights = head()
+    assert weight.requires_grad and hidden.requires_grad
+    monkeypatch.setattr(between, "in_use", replace(between.WRITTEN, loss_slopes=None))
     with torch.no_grad():
         loss, _ = linear_cross_entropy(hidden, weight, bias, targets, weights)
     torch.testing.assert_close(loss, plain_cross_entropy(hidden, weight, bias, targets, weights)[0].detach())
 
 
 def test_linear_cross_entropy_bf16(monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 1)
     ours, theirs = head(dtype=torch.bfloat16), head(dtype=torch.bfloat16)
     loss, _ = linear_cross_entropy(*ours)
     want, _ = plain_cross_entropy(*theirs)

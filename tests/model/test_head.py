@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from fitout.data.pack import lay_out
-from fitout.model import head as heads
+from fitout.model import fused
 from fitout.model.head import kind_of_head
 from fitout.model.methods import LoraSettings, create
 from fitout.objectives.base import token_losses
@@ -85,7 +85,7 @@ MODELS = {
 @pytest.mark.parametrize("chunk_bytes", [1, 32 << 20])  # 64 rows, all rows
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_all_logits(monkeypatch, name, chunk_bytes):
-    monkeypatch.setattr(heads, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", chunk_bytes)
     make, kind = MODELS[name]
     model = make()
     assert kind_of_head(model) == kind
@@ -111,7 +111,7 @@ def test_loss_and_gradients_are_those_of_all_logits(monkeypatch, name, chunk_byt
 
 
 def test_no_more_than_a_chunk_of_logits_stands(monkeypatch):
-    monkeypatch.setattr(heads, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 1)
     model, seen = build("gemma2"), []
     model.lm_head.register_forward_hook(lambda module, given, logits: seen.append(logits.shape[-2]))
     (ids,), _ = random_samples(1, low=200, high=201)
@@ -134,12 +134,13 @@ def test_another_head_is_tried_anew():
 
 
 def test_under_autocast_and_without_gradients(monkeypatch):
-    monkeypatch.setattr(heads, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 1)
     model = build("gemma2")
     (ids,), _ = random_samples(1, low=150, high=151)
     layout = lay_out([ids], [np.ones(len(ids), np.uint8)], range(1))
     exact, _ = token_losses(model, layout)
-    with torch.no_grad():
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", None)  # asked for none
         unneeded, _ = token_losses(model, layout)
     assert not unneeded.requires_grad
     torch.testing.assert_close(unneeded, exact.detach())

@@ -1,0 +1,189 @@
+"""What lies between the matrix products of a model: norms, rotations, gated activations and the loss, as functions of
+tensors without autograd. fused.py calls those that are `in_use`.
+
+`WRITTEN` takes few passes over the data and few of them into new memory, as a CPU wants it. `compiled()` has
+`torch.compile` make one or two kernels of each: on a GPU every operation is a launch, and a pass through its memory.
+Products, attention and what autograd keeps stay as they are, so a trial on the model itself says whether both forms
+agree (`fuse.why_not`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Between:
+    """Functions of tensors; forward and backward of each."""
+
+    gated: Callable[[Tensor, Tensor], Tensor]
+    """silu(gate) * up"""
+    gated_again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    """The same in a backward, and what `gated_slopes` can use of it."""
+    gated_slopes: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    """(grad, gate, up, what `gated_again` kept): gradients of gate and up"""
+    norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    """(x (..., D), weight (D), eps): weight * (x / rms), rounded before it is scaled; and 1 / rms (..., 1) fp32"""
+    norm_slope: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(grad, x, weight, 1 / rms): gradient of x"""
+    turned: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(x (..., D), cos, sin): x cos + rotate_half(x) sin"""
+    turned_back: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(grad, cos, sin): gradient of x"""
+    losses: Callable[[Tensor, Tensor], Tensor]
+    """(logits (N, V), targets (N, 1)): cross-entropies (N) fp32; the logits may be overwritten"""
+    loss_slopes: Callable[[Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+    """(logits, targets, weights (N), kind): cross-entropies, and the gradient of their weighted sum (N, V) as `kind`"""
+
+
+# written out
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def _gated_again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    swish = F.silu(gate)
+    return swish * up, swish
+
+
+def _gated_slopes(grad: Tensor, gate: Tensor, up: Tensor, swish: Tensor | None) -> tuple[Tensor, Tensor]:
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return grad_gate, (F.silu(gate) if swish is None else swish).mul_(grad)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    rounded = (wide * inverse).to(x.dtype)
+    return rounded.mul_(weight) if x.dtype == weight.dtype else rounded * weight, inverse
+
+
+def _norm_slope(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    wide, slope = x.float(), grad.float() * weight
+    along = torch.linalg.vecdot(slope, wide).unsqueeze(-1).mul_(inverse.pow(3)).div_(-x.shape[-1])
+    return torch.addcmul(slope.mul_(inverse), wide, along).to(x.dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = grad.shape[-1] // 2
+    out = grad * cos
+    out[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+    out[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
+    return out
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    wide = logits.float()
+    at_target, largest = wide.gather(1, targets), wide.amax(-1, keepdim=True)
+    return (wide.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest - at_target).squeeze(1)
+
+
+def _loss_slopes(logits: Tensor, targets: Tensor, weights: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = logits.float()
+    at_target, largest = wide.gather(1, targets), wide.amax(-1, keepdim=True)
+    slope = wide.sub_(largest).exp_()
+    total = slope.sum(-1, keepdim=True)
+    losses = (total.log() + largest - at_target).squeeze(1)
+    slope *= weights[:, None] / total
+    return losses, slope.scatter_add_(1, targets, -weights[:, None]).to(kind)
+
+
+WRITTEN = Between(_gated, _gated_again, _gated_slopes, _norm, _norm_slope, _turned, _turned_back, _losses, _loss_slopes)
+
+
+# plain, to be compiled: nothing in place, everything in fp32 until it is stored
+
+
+def _plain_gated(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def _plain_gated_slopes(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    g, x = grad.float(), gate.float()
+    share = torch.sigmoid(x)
+    return (g * up.float() * share * (1 + x * (1 - share))).to(gate.dtype), (g * x * share).to(up.dtype)
+
+
+def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse).to(x.dtype) * weight, inverse
+
+
+def _plain_norm_slope(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    wide, slope = x.float(), grad.float() * weight
+    along = (slope * wide).mean(-1, keepdim=True) * inverse**3
+    return (slope * inverse - wide * along).to(x.dtype)
+
+
+def _plain_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def _plain_turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = (grad * sin).chunk(2, -1)
+    return grad * cos + torch.cat([second, -first], -1)
+
+
+def _plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    wide = logits.float()
+    return torch.logsumexp(wide, -1) - wide.gather(1, targets).squeeze(1)
+
+
+def _plain_loss_slopes(logits: Tensor, targets: Tensor, weights: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = logits.float()
+    largest = wide.amax(-1, keepdim=True)
+    total = torch.exp(wide - largest).sum(-1, keepdim=True)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets
+    slope = (torch.exp(wide - largest) / total - hit.float()) * weights[:, None]
+    return (total.log() + largest - wide.gather(1, targets)).squeeze(1), slope.to(kind)
+
+
+def compiled() -> Between:
+    """Each function compiled when it is first called: once for the shapes it is called with, and once more, for any
+    number of rows, when that changes."""
+    gated, slopes = torch.compile(_plain_gated), torch.compile(_plain_gated_slopes)
+    return Between(
+        gated,
+        lambda gate, up: (gated(gate, up), None),
+        lambda grad, gate, up, _: slopes(grad, gate, up),
+        torch.compile(_plain_norm),
+        torch.compile(_plain_norm_slope),
+        torch.compile(_plain_turned),
+        torch.compile(_plain_turned_back),
+        torch.compile(_plain_losses),
+        torch.compile(_plain_loss_slopes),
+    )
+
+
+# which is in use
+
+in_use = WRITTEN
+
+
+@contextmanager
+def using(form: Between) -> Iterator[None]:
+    """The functions of fused.py call `form` until the block ends."""
+    global in_use
+    before, in_use = in_use, form
+    try:
+        yield
+    finally:
+        in_use = before
