@@ -15,71 +15,79 @@ import torch
 
 HERE = Path(__file__).parent
 LORA = {"kind": "lora", "rank": 8}
-METHODS = [
-    LORA,
-    {"kind": "lora", "rank": 8, "targets": ["q_proj", "lm_head"]},
-    {"kind": "dora", "rank": 8},
-    {"kind": "adapter", "style": "houlsby", "reduction": 4},
-    {"kind": "sparse", "density": 0.02, "select": "random"},
-    {"kind": "full"},
-]
+METHODS = {
+    "lora": LORA,
+    "lora of the head": {"kind": "lora", "rank": 8, "targets": ["q_proj", "lm_head"]},
+    "dora": {"kind": "dora", "rank": 8},
+    "qlora": {"kind": "qlora", "rank": 8},
+    "adapter": {"kind": "adapter", "style": "houlsby", "reduction": 4},
+    "sparse": {"kind": "sparse", "density": 0.02, "select": "random"},
+    "full": {"kind": "full"},
+}
+FAMILIES = ("qwen3", "mistral", "gemma2")  # norms of heads; a window; that, and a soft cap
+CASES = {
+    **{name: {"method": method} for name, method in METHODS.items()},
+    **{family: {"method": LORA, "family": family} for family in FAMILIES},
+    "fp32": {"method": LORA, "dtype": "float32"},
+    "fp16": {"method": {"kind": "full"}, "dtype": "float16"},
+    "two": {"method": LORA, "share": False},
+    "four": {"method": LORA, "share": False, "micro_batches": 4},
+    "left on the host": {"method": LORA, "fault": "left on the host"},
+    "looks at a number": {"method": LORA, "fault": "looks at a number"},
+}
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the card that is not there is built by g++")
 
 
 @pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    built, home = tmp_path_factory.mktemp("card") / "card.so", Path(torch.__file__).parent
+def seen(tmp_path_factory):
+    """What was seen of a step of each of CASES."""
+    card, home = tmp_path_factory.mktemp("card") / "card.so", Path(torch.__file__).parent
     subprocess.run(
-        ["g++", "-std=c++20", "-fPIC", "-shared", f"-I{home / 'include'}", HERE / "card.cpp", "-o", built,
+        ["g++", "-std=c++20", "-fPIC", "-shared", f"-I{home / 'include'}", HERE / "card.cpp", "-o", card,
          f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}"],
         check=True,
     )  # fmt: skip
-
-    def step(**asked):
-        asked = {"method": LORA, "dtype": "bfloat16", "share": True, "micro_batches": 2, "fused": True} | asked
-        return subprocess.run(
-            [sys.executable, "-m", "tests.cuda.step", json.dumps(asked)],
-            env={**os.environ, "LD_PRELOAD": str(built), "OMP_NUM_THREADS": "1"}, cwd=HERE.parents[1],
-            capture_output=True, text=True,
-        )  # fmt: skip
-
-    return step
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cuda.step", json.dumps(list(CASES.values()))],
+        env={**os.environ, "LD_PRELOAD": str(card), "OMP_NUM_THREADS": "1"}, cwd=HERE.parents[1], check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(CASES, lines, strict=True))
 
 
-def seen(done):
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda one: f"{one['kind']} {len(one)}")
-def test_a_step_in_bf16(card, method):
-    found = seen(card(method=method))
+@pytest.mark.parametrize("name", [*METHODS, *FAMILIES, "fp32", "fp16"])
+def test_a_step(seen, name):
+    found = seen[name]
+    assert "error" not in found, found
     assert found["elsewhere"] == [] and found["updated"] == found["trained"] > 0
     assert found["supervised"] == found["expected"]
     assert found["waits"] == 2  # the norm of the gradients and the loss, when all is launched
-    below = method["kind"] == "adapter"  # nothing is trained below the lowest one, which stands behind attention
+
+
+@pytest.mark.parametrize("name", [*METHODS, "qwen3", "mistral", "fp16"])
+def test_all_documents_go_through_one_kernel(seen, name):
+    below = name == "adapter"  # nothing is trained below the lowest one, which stands behind attention
+    found = seen[name]
     assert found["of"]["_varlen_attn"] == 2 * found["layers"]
     assert found["of"]["_varlen_attn_backward"] == 2 * (found["layers"] - below)
-    assert "_scaled_dot_product_attention" not in str(found["of"]) and "_safe_softmax" not in found["of"]
 
 
-def test_what_each_micro_batch_costs(card):
-    """Nothing is waited for however many there are, two copies go over, and a layer of LoRA takes 190 launches."""
-    few, many = seen(card(share=False)), seen(card(share=False, micro_batches=4))
-    assert few["waits"] == many["waits"] == 2
+@pytest.mark.parametrize("name", ["fp32", "gemma2"])
+def test_what_the_kernel_does_not_compute_goes_piece_by_piece(seen, name):
+    assert "_varlen_attn" not in seen[name]["of"]
+
+
+def test_what_each_micro_batch_costs(seen):
+    """Two copies go over, and a layer of LoRA takes 190 launches."""
+    few, many = seen["two"], seen["four"]
     assert (many["sent"] - few["sent"]) <= 2 * 2
     assert (many["kernels"] - few["kernels"]) / 2 / few["layers"] <= 190
 
 
-def test_fp32_goes_through_attention_piece_by_piece(card):
-    found = seen(card(dtype="float32"))
-    assert found["waits"] == 2 and "_varlen_attn" not in found["of"] and found["updated"] == found["trained"]
+def test_a_tensor_left_on_the_host_is_found(seen):
+    assert "at least two devices" in seen["left on the host"]["error"]
 
 
-def test_a_tensor_left_on_the_host_is_found(card):
-    done = card(fault="left on the host")
-    assert done.returncode != 0 and "at least two devices" in done.stderr
-
-
-def test_a_number_that_is_looked_at_is_found(card):
-    assert seen(card(fault="looks at a number"))["waits"] == 2 + 2
+def test_a_number_that_is_looked_at_is_found(seen):
+    assert seen["looks at a number"]["waits"] == 2 + 2
