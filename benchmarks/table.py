@@ -107,13 +107,22 @@ def _others(elsewhere: dict[str, dict[str, str]]) -> str:
 
 
 def _of_peak(rounds: list[dict[str, Any]]) -> str:
-    """The products of Fitout's training against the machine's own."""
+    """The products of Fitout's training against the machine's own, and what that leaves to be had against each peer: a
+    step that is nothing but these products cannot be faster."""
     runs = [run["fitout"] for run in rounds if "matmul_peak" in run["fitout"]]
     if not runs:
         return ""
     share = median(run["flops_per_second"] / run["matmul_peak"] for run in runs)
     peak = median(run["matmul_peak"] for run in runs) / 1e9
-    return f" Fitout's whole steps ran at {100 * share:.0f} % of the {peak:,.0f} GFLOP/s of products of these sizes."
+    key, told = "supervised_tokens_per_second", []
+    for side in ("trl best", "trainer best"):
+        if side in rounds[0]:
+            most = median(run["fitout"][key] / run[side][key] for run in rounds) / share
+            told.append(f"{most:.1f} times {NAMES[side].split(',')[0]}'s")
+    return (
+        f" Fitout's whole steps ran at {100 * share:.0f} % of the {peak:,.0f} GFLOP/s of products of these sizes; "
+        f"nothing but these products would be {' and '.join(told)} speed."
+    )
 
 
 def _drawn(name: str, picture: str) -> str:

@@ -60,7 +60,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "vocab_size": 8192,
     },
 }  # fmt: skip
-IN_BF16 = ("0.5b", "1.5b", "8b")  # saved so: what is trained is a model as it comes
+OF_A_GPU = ("0.5b", "1.5b", "8b")  # saved in bf16, as such models come; trained as long runs are (train.compile)
 
 Row = tuple[tuple[int, ...], tuple[bool, ...]]  # ids, and for each whether it is trained
 
@@ -78,7 +78,7 @@ def make(folder: Path, shape: str, precision: str, steps: int, method: str, data
     if method == "lora":
         _make_adapter(folder / "base", folder / "adapter", rank)
     batch = max(1, STEP[data] // length) if data in STEP else BATCH[data]
-    recipe = _make_recipe(folder, precision, steps, method, data, rank, length, batch)
+    recipe = _make_recipe(folder, precision, steps, method, data, rank, length, batch, shape in OF_A_GPU)
     rows = _prepare(folder, recipe, steps)
     facts = {
         "shape": {**SHAPES[shape], "parameters": base},
@@ -115,9 +115,9 @@ def _make_base(folder: Path, shape: str, length: int) -> int:
         eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(SEED)
-    if shape in IN_BF16:
+    if shape in OF_A_GPU:
         torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() and shape in IN_BF16 else "cpu"):
+    with torch.device("cuda" if torch.cuda.is_available() and shape in OF_A_GPU else "cpu"):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
@@ -142,7 +142,7 @@ def _make_adapter(base: Path, folder: Path, rank: int) -> None:
 
 
 def _make_recipe(
-    folder: Path, precision: str, steps: int, method: str, data: str, rank: int, length: int, batch: int
+    folder: Path, precision: str, steps: int, method: str, data: str, rank: int, length: int, batch: int, compiled: bool
 ) -> Path:
     """Data preparation is done once, before the clock; the prepared data are found by their fingerprint."""
     import yaml
@@ -160,6 +160,7 @@ def _make_recipe(
         "train": {
             "max_steps": steps, "lr": LR[method], "schedule": "constant", "warmup": 0, "batch_size": batch,
             "clip": 1.0, "precision": precision, "seed": SEED, "save_every": 1_000_000, "listeners": [],
+            "compile": compiled,
         },
     }  # fmt: skip
     if method == "lora":
