@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,20 +159,47 @@ def _plain_loss_slopes(logits: Tensor, targets: Tensor, weights: Tensor, kind: t
 
 
 def compiled() -> Between:
-    """Each function compiled when it is first called: once for the shapes it is called with, and once more, for any
-    number of rows, when that changes."""
-    gated, slopes = torch.compile(_plain_gated), torch.compile(_plain_gated_slopes)
+    """Each function compiled when it is first called with tensors of a width and a type: once, for any number of rows,
+    and once for a single one."""
+    gated, slopes = _compiled(_plain_gated, -2), _compiled(_plain_gated_slopes, -2)
     return Between(
         gated,
         lambda gate, up: (gated(gate, up), None),
         lambda grad, gate, up, _: slopes(grad, gate, up),
-        torch.compile(_plain_norm),
-        torch.compile(_plain_norm_slope),
-        torch.compile(_plain_turned),
-        torch.compile(_plain_turned_back),
-        torch.compile(_plain_losses),
-        torch.compile(_plain_loss_slopes),
+        _compiled(_plain_norm, 1),
+        _compiled(_plain_norm_slope, 1),
+        _compiled(_plain_turned, -2),
+        _compiled(_plain_turned_back, -2),
+        _compiled(_plain_losses, 0),
+        _compiled(_plain_loss_slopes, 0),
     )
+
+
+def _compiled(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """`rows` is the dimension of the first tensor that has another size each time. Every variant is a function of its
+    own to the compiler, which gives up on one that it has compiled often, without a word; and it is handed plain
+    tensors without history, so that it is the same one in a trial, a training and an evaluation."""
+    variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    from torch._inductor import config
+
+    options: Any = {"deterministic": True} if hasattr(config, "deterministic") else None  # nothing is chosen by timing
+
+    def call(*given: Any) -> Any:
+        plain = [x.detach() if isinstance(x, Tensor) else x for x in given]
+        shape = list(plain[0].shape)
+        count = shape.pop(rows)
+        key = (*shape, count == 1, *(x.dtype for x in plain if isinstance(x, Tensor)))
+        if key not in variants:
+            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            variants[key] = torch.compile(own, options=options)
+            for x in plain:
+                if isinstance(x, Tensor) and x.ndim > 1:
+                    torch._dynamo.maybe_mark_dynamic(x, rows % x.ndim)
+                elif isinstance(x, Tensor) and rows == 0:
+                    torch._dynamo.maybe_mark_dynamic(x, 0)
+        return variants[key](*plain)
+
+    return call
 
 
 # which is in use

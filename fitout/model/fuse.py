@@ -25,7 +25,7 @@ from .fused import rms_norm, rotary, swiglu
 from .head import WHOLE, head_cross_entropy, kind_of_head
 
 ROUNDING = 1e-5  # largest difference over largest value, fp32
-TRIED = (96, 161)  # tokens; the second compiles once more, for any number of them
+TRIED = (96, 161)  # tokens
 SAME = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of the largest value
 
 
@@ -182,29 +182,31 @@ def _agree(own: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], x:
 def why_not(model: Any, form: Between) -> str | None:
     """Why `form` is not to be used in the place of what is in use, or None: it does not run here, or one of its
     functions gives another result where the model itself calls it. Also has everything compiled."""
-    gaps: dict[str, float] = {}
+    seen: list[tuple[str, float, float]] = []  # function, largest difference, and how large it may be
     try:
-        with between.using(_side_by_side(between.in_use, form, gaps)):
+        with between.using(_side_by_side(between.in_use, form, seen)):
             for tokens in TRIED:
                 _forward_and_back(model, tokens)
     except Exception as error:  # whatever a compiler may say
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    for name, gap in gaps.items():
-        if not gap <= SAME[model.dtype]:
+    for name, gap, bound in seen:
+        if not gap <= bound:  # also where it is not a number
             return f"the results of {name} differ by {gap:.2g} of the largest value"
     return None
 
 
-def _side_by_side(own: Between, other: Between, gaps: dict[str, float]) -> Between:
-    """`own`, with `other` called on the same tensors; the largest difference of each function goes into `gaps`."""
+def _side_by_side(own: Between, other: Between, seen: list[tuple[str, float, float]]) -> Between:
+    """`own`, with `other` called on the same tensors; the largest difference of each result goes into `seen`, beside
+    what rounding in the least precise of the tensors allows."""
 
     def both(name: str) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
+            bound = max(SAME[x.dtype] for x in given if isinstance(x, Tensor) and x.is_floating_point())
             theirs = getattr(other, name)(*(x.clone() if isinstance(x, Tensor) else x for x in given))
             result = getattr(own, name)(*given)
             for a, b in zip(_tensors(theirs), _tensors(result), strict=False):  # what only one of them keeps is last
-                gap = float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30))
-                gaps[name] = gap if gap != gap else max(gap, gaps.get(name, 0.0))
+                gap = (a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30)
+                seen.append((name, float(gap), bound))
             return result
 
         return call
@@ -235,8 +237,11 @@ def _forward_and_back(model: Any, tokens: int) -> None:
                 loss = (hidden.float() * weights[:, None]).sum()
             else:
                 loss, _ = head_cross_entropy(model, hidden, targets, weights)
-                with torch.no_grad():
-                    head_cross_entropy(model, hidden, targets, weights)  # as in an evaluation
-            torch.autograd.grad(loss, given)
+                head_cross_entropy(model, hidden[:1], targets[:1], weights[:1])  # as the last of many may be
+                with torch.no_grad():  # as in an evaluation
+                    head_cross_entropy(model, hidden, targets, weights)
+                    head_cross_entropy(model, hidden[:1], targets[:1], weights[:1])
+            with torch.autocast(device.type, enabled=False):  # a training's backward has none around it
+                torch.autograd.grad(loss, given)
     finally:
         model.train(training)

@@ -72,14 +72,14 @@ def _sequences(segments: tuple[Segment, ...], device: torch.device) -> tuple[Ten
         seen.append([*(seen[segment.parent] if segment.parent >= 0 else []), segment])
     lengths_q = [segment.length for segment in segments]
     lengths_k = [sum(s.length for s in line) for line in seen]
-    ends = [
+    needed = [
         torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         for lengths in (lengths_q, lengths_k)
     ]
-    places = torch.cat([torch.arange(s.start, s.end) for line in seen for s in line])
-    ends_q, ends_k, looked_at = send([*ends, places], device)
-    in_place = all(segment.parent < 0 for segment in segments)
-    return None if in_place else looked_at, ends_q, ends_k, max(lengths_q), max(lengths_k)
+    if any(segment.parent >= 0 for segment in segments):
+        needed.append(torch.cat([torch.arange(s.start, s.end) for line in seen for s in line]))
+    ends_q, ends_k, *looked_at = send(needed, device)
+    return looked_at[0] if looked_at else None, ends_q, ends_k, max(lengths_q), max(lengths_k)
 
 
 @cache

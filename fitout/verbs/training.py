@@ -160,7 +160,7 @@ def _train_model(
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
     with (
         fused(model),
-        _compiled(recipe, directory, model, backend, forecast, screen),
+        _compiled(recipe, directory, model, backend, forecast, screen, resumed),
         backend.watched(directory.stacks, recipe.train.hang_after),
     ):
         progress = fit(job, backend, listeners, resume=resume)
@@ -202,39 +202,39 @@ COMPILE_PAYS = 600  # seconds of a training; compiling takes some ten
 
 @contextmanager
 def _compiled(
-    recipe: Recipe, directory: RunDir, model: Any, backend: Backend, forecast: Any, screen: Screen
+    recipe: Recipe, directory: RunDir, model: Any, backend: Backend, forecast: Any, screen: Screen, resumed: bool
 ) -> Iterator[None]:
     """What lies between the model's products compiled until the block ends, where the recipe or the expected length
     says so and the trial agrees. A run keeps the form it began with, so that it goes on to the same numbers."""
     from ..model import between
     from ..model.fuse import why_not
 
-    wanted, began_with = recipe.train.compile, directory.read_status().get("compiled")
+    wanted, began_with = recipe.train.compile, directory.read_status().get("compiled") if resumed else None
     if wanted == "auto":
         seconds = (forecast or {}).get("predicted", {}).get("total_seconds") or 0
-        wanted = backend.device.type == "cuda" and seconds > COMPILE_PAYS
+        wanted = backend.device.type == "cuda" and seconds > COMPILE_PAYS and not backend.spreads
     if began_with is not None:
         wanted = began_with
     wanted = backend.agree("yes" if wanted else "no", ("yes", "no")) == "yes"
+    form, start, why = between.WRITTEN, time.perf_counter(), None
     if wanted and backend.spreads:
-        screen.say("not compiled: an engine that divides the weights has none of its own to try it on")
-        wanted = False
-    form, start = between.WRITTEN, time.perf_counter()
-    if wanted:
+        why = f"{backend.kind} divides the weights, and leaves no model to try it on"
+    elif wanted:
         form = between.compiled()
         with backend.compute():
             why = why_not(model, form)
-        if not backend.any(bool(why)):
-            screen.say(f"compiled what lies between products: {time.perf_counter() - start:.0f} s (train.compile)")
-        elif began_with:
+    if backend.any(bool(why)):
+        why = why or "not on another rank"
+        if began_with:
             raise FitoutError(
-                f"this run began with train.compile, which does not work here: {why or 'on another rank'}",
+                f"this run began with train.compile, which does not work here: {why}",
                 harm="Going on without it would give other numbers than an uninterrupted run.",
                 hint="Go on where it works, or start anew with train.compile: false and another name or --out.",
             )
-        else:
-            form = between.WRITTEN
-            screen.say(f"not compiled: {why or 'another rank could not'}")
+        form = between.WRITTEN
+        screen.say(f"not compiled: {why}")
+    elif wanted:
+        screen.say(f"compiled what lies between products: {time.perf_counter() - start:.0f} s (train.compile)")
     if backend.main:
         directory.update_status(compiled=form is not between.WRITTEN)
     with between.using(form):

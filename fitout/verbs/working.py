@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 FREE_TO_CHANGE = {  # keys that do not change what has been trained so far; a run may go on with others
     "train": ("epochs", "max_steps", "save_every", "evaluate_every", "keep", "keep_last", "patience", "listeners",
-              "micro_batch_tokens", "gradient_checkpointing", "parallel", "offload", "on_nonfinite", "hang_after"),
+              "micro_batch_tokens", "gradient_checkpointing", "parallel", "offload", "compile", "on_nonfinite",
+              "hang_after"),
     "evaluate": None,
     "export": None,
 }  # fmt: skip

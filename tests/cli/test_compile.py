@@ -16,7 +16,7 @@ from tests.cli.command import fitout, recipe, rows
 def run(tmp_path, monkeypatch):
     """A small training, with compiling replaced by nothing; `compiled` counts how often it was asked for."""
     rows(tmp_path / "rows.jsonl")
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     made = between.compiled()
     asked = []
     monkeypatch.setattr(between, "compiled", lambda: asked.append(1) or made)
@@ -66,3 +66,15 @@ def test_a_run_that_began_with_it_does_not_go_on_without(run, monkeypatch):
     done, compiled, _ = run("--set", "train.compile=true", "--set", "train.max_steps=4", "--resume")
     assert done.code == 1 and compiled is True
     assert "this run began with train.compile" in done.err and "results of norm differ" in done.err
+
+
+def test_an_attempt_that_trained_nothing_binds_nothing(run, monkeypatch):
+    def dies(*_, **__):
+        raise RuntimeError("before the first step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fitout.train.loop.fit", dies)
+        done, compiled, asked = run("--set", "train.compile=true")
+    assert done.code != 0 and compiled is True and asked == 1
+    done, compiled, asked = run("--set", "train.compile=false")
+    assert done.code == 0 and compiled is False and asked == 1, done.err

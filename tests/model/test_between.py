@@ -4,14 +4,22 @@ is not used."""
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from fitout.data.pack import lay_out
 from fitout.model import between, fuse
+from fitout.model.attention import NAME, register
 from fitout.model.between import WRITTEN
 from fitout.model.methods import LoraSettings, create
+from fitout.model.methods.base import trainable
+from fitout.objectives.base import token_losses
 from tests.conftest import tiny_llama
 
 KINDS = [torch.float32, torch.bfloat16]
@@ -20,7 +28,7 @@ KINDS = [torch.float32, torch.bfloat16]
 @pytest.fixture
 def plain(monkeypatch):
     """The form that is compiled, run as it stands."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return between.compiled()
 
 
@@ -98,11 +106,42 @@ def model_of(kind):
     return model.train()
 
 
-def test_compiled_it_agrees_on_a_model():
-    model = model_of(torch.float32)
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile builds its functions by g++")
+def test_compiled_it_agrees_on_a_model_and_nothing_is_compiled_after_the_trial():
+    """Head norms, heads of queries and of keys, one head of keys: three widths, three numbers of dimensions."""
+    register()
+    config = CONFIG_MAPPING["qwen3"](
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=1, attn_implementation=NAME,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    create(LoraSettings(rank=4)).apply(model.train())
+    form, written = between.compiled(), []
     with fuse.fused(model):
-        assert fuse.why_not(model, between.compiled()) is None
-    assert model.training and all(p.grad is None for p in model.parameters())
+        assert fuse.why_not(model, form) is None
+        assert model.training and all(p.grad is None for p in model.parameters())
+        for lengths in ((30, 1, 12), (9,), (150, 40)):
+            ids = [np.arange(n, dtype=np.int32) % 97 for n in lengths]
+            layout = lay_out(ids, [np.ones(n, np.uint8) for n in lengths], range(len(ids)))
+            for one in (between.WRITTEN, form):
+                with between.using(one), torch._dynamo.config.patch(error_on_recompile=True):
+                    with torch.no_grad():
+                        unseen, _ = token_losses(model, layout)
+                    loss, _ = token_losses(model, layout)
+                    loss.backward()
+                written.append((unseen, loss.detach(), *(p.grad for p in trainable(model).values())))
+                model.zero_grad(set_to_none=True)
+            for a, b in zip(*written[-2:], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_rounding_is_allowed_for(plain):
+    """Full fine-tuning: weights in fp32, what lies between products in bf16 and in fp32."""
+    model = tiny_llama().train()
+    with fuse.fused(model), torch.autocast("cpu", torch.bfloat16):
+        assert fuse.why_not(model, plain) is None
+        wrong = dataclasses.replace(plain, gated=lambda gate, up: 1.1 * WRITTEN.gated(gate, up))
+        assert "results of gated differ" in fuse.why_not(model, wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -127,8 +166,14 @@ def test_a_form_that_computes_something_else_is_found_out(kind, plain):
         for field in dataclasses.fields(between.Between):
             if field.name != "gated_again":  # it is `gated` in another place
                 assert f"results of {field.name} differ" in (fuse.why_not(model, other(field.name)) or ""), field.name
-        nothing = dataclasses.replace(plain, losses=lambda logits, targets: torch.full((len(logits),), torch.nan))
-        assert "results of losses differ by nan" in fuse.why_not(model, nothing)
+        first = []
+
+        def once(x, w, eps):
+            out, inverse = WRITTEN.norm(x, w, eps)
+            first.append(1)
+            return out * (torch.nan if len(first) == 1 else 1), inverse
+
+        assert "results of norm differ by nan" in fuse.why_not(model, dataclasses.replace(plain, norm=once))
 
 
 def test_what_a_compiler_says_is_the_reason(plain):
