@@ -137,19 +137,20 @@ def test_linear_cross_entropy_under_autocast():
         torch.testing.assert_close(got.grad / scale, right.grad / scale, rtol=0, atol=2e-2)
 
 
-def low_rank(dtype=torch.float32, bias=True):
+def low_rank(dtype=torch.float32, bias=True, rank=3):
     g = torch.Generator().manual_seed(1)
 
     def draw(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    return draw(2, 5, 7).requires_grad_(), draw(6, 7), draw(6) if bias else None, draw(3, 7).requires_grad_(), \
-        draw(6, 3).requires_grad_()  # fmt: skip
+    return draw(2, 5, 7).requires_grad_(), draw(6, 7), draw(6) if bias else None, draw(rank, 7).requires_grad_(), \
+        draw(6, rank).requires_grad_()  # fmt: skip
 
 
+@pytest.mark.parametrize("rank", [1, fused.THIN - 1, fused.THIN])  # products turned round, and as they stand
 @pytest.mark.parametrize("bias", [False, True])
-def test_lora_linear_is_the_formula(bias):
-    ours, theirs = low_rank(bias=bias), low_rank(bias=bias)
+def test_lora_linear_is_the_formula(bias, rank):
+    ours, theirs = low_rank(bias=bias, rank=rank), low_rank(bias=bias, rank=rank)
     got = lora_linear(*ours, 1.5)
     x, weight, b0, a, b = theirs
     want = F.linear(x, weight, b0) + 1.5 * (x @ a.t()) @ b.t()
@@ -159,6 +160,7 @@ def test_lora_linear_is_the_formula(bias):
     want.backward(slope)
     for index in (0, 3, 4):
         torch.testing.assert_close(ours[index].grad, theirs[index].grad, rtol=1e-4, atol=1e-5)
+        assert ours[index].grad.is_contiguous()
 
 
 @pytest.mark.parametrize("bias", [False, True])
