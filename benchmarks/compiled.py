@@ -1,8 +1,8 @@
-"""What lies between a layer's products, as Fitout computes it and by torch.compile: the gated activation and the norm.
+"""What lies between a layer's products, in the two forms of fitout/model/between.py: the gated activation and the norm.
 
     python -m benchmarks.compiled --out benchmarks/results/compiled.json
 
-1,536 tokens of a model 512 wide, feed-forward 1,376; sizes dynamic, so that one compilation serves all micro-batches.
+1,536 tokens of a model 512 wide, feed-forward 1,376, written for a CPU and compiled as `train.compile: true` does.
 In turn, medians over ROUNDS, after results were seen to agree. `compile_s` is the time to the first results of all
 three, with nothing compiled before.
 """
@@ -18,31 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch._inductor import config as inductor
 
-from fitout.model.fused import _swiglu_backward, rms_norm
+from fitout.model import between
 
 from .against_trl import machine
 
 TOKENS, WIDTH, FFN, ROUNDS = 1536, 512, 1376, 21
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    g, wide = grad.float(), gate.float()
-    sigmoid = torch.sigmoid(wide)
-    slope = sigmoid * (1 + wide * (1 - sigmoid))
-    return (g * up.float() * slope).to(gate.dtype), (g * wide * sigmoid).to(gate.dtype)
-
-
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight
 
 
 def main() -> None:
@@ -59,19 +41,17 @@ def _compare(kind: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     inductor.force_disable_caches = True
-    gate, up, grad = (torch.randn(TOKENS, FFN).to(kind) for _ in range(3))
-    x, weight = torch.randn(TOKENS, WIDTH).to(kind), torch.ones(WIDTH, dtype=kind)
-    own: dict[str, Callable[[], Any]] = {
-        "gated": lambda: F.silu(gate).mul_(up),
-        "gated_backward": lambda: _swiglu_backward(grad, gate, up, F.silu(gate)),
-        "norm": lambda: rms_norm(x, weight, 1e-5),
-    }
-    forward, backward, scaled = (torch.compile(f, dynamic=True) for f in (gated, gated_backward, norm))
-    compiled: dict[str, Callable[[], Any]] = {
-        "gated": lambda: forward(gate, up),
-        "gated_backward": lambda: backward(grad, gate, up),
-        "norm": lambda: scaled(x, weight),
-    }
+    gate, up, grad = (torch.randn(1, TOKENS, FFN).to(kind) for _ in range(3))
+    x, weight = torch.randn(1, TOKENS, WIDTH).to(kind), torch.ones(WIDTH, dtype=kind)
+
+    def calls(form: between.Between) -> dict[str, Callable[[], Any]]:
+        return {
+            "gated": lambda: form.gated(gate, up),
+            "gated_backward": lambda: form.gated_slopes(grad, gate, up, None),
+            "norm": lambda: form.norm(x, weight, 1e-5),
+        }
+
+    own, compiled = calls(between.WRITTEN), calls(between.compiled())
     began = time.perf_counter()
     for function in compiled.values():
         function()

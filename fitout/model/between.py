@@ -2,7 +2,7 @@
 tensors without autograd. fused.py calls those that are `in_use`.
 
 `WRITTEN` takes few passes over the data and few of them into new memory, as a CPU wants it. `compiled()` has
-`torch.compile` make one or two kernels of each: on a GPU every operation is a launch, and a pass through its memory.
+`torch.compile` fuse each of them: on a GPU every operation is a launch, and a pass through its memory.
 Products, attention and what autograd keeps stay as they are, so a trial on the model itself says whether both forms
 agree (`fuse.why_not`).
 """
@@ -179,9 +179,9 @@ def _compiled(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
     """`rows` is the dimension of the first tensor that has another size each time. Every variant is a function of its
     own to the compiler, which gives up on one that it has compiled often, without a word; and it is handed plain
     tensors without history, so that it is the same one in a trial, a training and an evaluation."""
-    variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
     from torch._inductor import config
 
+    variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
     options: Any = {"deterministic": True} if hasattr(config, "deterministic") else None  # nothing is chosen by timing
 
     def call(*given: Any) -> Any:

@@ -109,8 +109,8 @@ def slopes(
 
 
 def _emulated(query: Tensor) -> bool:
-    """Whether this is bf16 and the processor has no instructions for it: products then take ten times as long as in
-    fp32 (16 documents of 400 tokens, AMD Zen 3)."""
+    """Whether this is bf16 and the processor has no instructions for it: products then take much longer than in fp32,
+    casts included."""
     return query.dtype == torch.bfloat16 and not has_bf16()
 
 
