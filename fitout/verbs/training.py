@@ -197,7 +197,7 @@ def _packs(model: Any, backend: Backend, screen: Screen) -> bool:
     return False
 
 
-COMPILE_PAYS = 600  # seconds of a training; compiling takes some ten
+COMPILE_PAYS = 600  # seconds of a training; compiling took 7 to 24 on a CPU
 
 
 @contextmanager
