@@ -53,6 +53,8 @@ def main() -> None:
         if asked.tune:
             tuning, best = _tune(folder, work, asked)
         sides = {"fitout": None, "trl default": "", "trl best": best, "trainer best": f"{best},trainer=plain,free=0"}
+        if asked.onednn:
+            sides["trl best onednn"] = f"{best},onednn=1"
         pythons = {"llama-factory": asked.llama_factory, "torchtune": asked.torchtune}
         for peer, (_, default, _) in ELSEWHERE.items():
             if pythons[peer]:
@@ -85,9 +87,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--best", default="per=4,recompute=0,sort=1", help="TRL's best setting, where it is known")
     parser.add_argument("--tune", action="store_true", help="find TRL's best setting first, by trying the candidates")
     parser.add_argument(
-        "--sides", nargs="*", help="peers to run, of: 'trl default', 'trl best', 'trainer best' and, where the Python "
-        "is given, 'llama-factory default', 'llama-factory best', 'torchtune default', 'torchtune best'; else all"
+        "--sides", nargs="*", help="peers to run, of: 'trl default', 'trl best', 'trainer best', with --onednn 'trl "
+        "best onednn' and, where the Python is given, 'llama-factory default', 'llama-factory best', 'torchtune "
+        "default', 'torchtune best'; else all"
     )  # fmt: skip
+    parser.add_argument("--onednn", action="store_true", help="TRL also with fp32 products by oneDNN (see side_trl.py)")
     parser.add_argument("--llama-factory", metavar="PYTHON", help="the Python of an environment that has LLaMA-Factory")
     parser.add_argument("--torchtune", metavar="PYTHON", help="the Python of an environment that has torchtune")
     parser.add_argument("--quick", action="store_true", help="3 steps, 1 round: does it run and agree")

@@ -49,12 +49,13 @@ def _widths(sizes: dict[str, int]) -> list[int]:
 
 
 def _method(base: str, precision: str, sizes: dict[str, int]) -> int:
-    """What is not the block's: LoRA's x A^T, less the gated product that it forms again and another method keeps; the
-    copies of the weights that autocast makes."""
+    """What is not the block's: LoRA's x A^T, less the gated product that it forms again and another method keeps; in
+    bf16 the copies of its factors, and of the weights that autocast makes."""
     hidden, attention, kv, ffn, *_ = _widths(sizes)
     width = 4 if precision == "fp32" else 2
     if base == "frozen":
-        return (7 * RANK - ffn) * TOKENS * width
+        factors = RANK * (7 * hidden + 2 * attention + 2 * kv + 3 * ffn)
+        return (7 * RANK - ffn) * TOKENS * width + (2 * factors if precision == "bf16" else 0)
     return 2 * (2 * hidden * attention + 2 * hidden * kv + 3 * hidden * ffn) if precision == "bf16" else 0
 
 

@@ -7,6 +7,7 @@ sort=0    examples of a step sorted by length (the step's set stays the same), s
 free=0    padding_free: a device batch flattened into one row
 liger=0   Liger kernels (a GPU, and their package)
 base=fp32     dtype of the frozen weights; bf16 runs compute under autocast either way
+onednn=0  1: PyTorch has oneDNN multiply fp32, as a training by Fitout does on AMD's processors with AVX-512
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ from typing import Any
 
 from .work import ALPHA, SEED, hash_step, peak_mb
 
-DEFAULT = {"trainer": "trl", "per": "8", "recompute": "1", "sort": "0", "free": "0", "liger": "0", "base": "fp32"}
+DEFAULT = {
+    "trainer": "trl", "per": "8", "recompute": "1", "sort": "0", "free": "0", "liger": "0", "base": "fp32",
+    "onednn": "0",
+}  # fmt: skip
 
 
 def main(folder: Path, out: Path, text: str) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     work, options = asked(folder, text)
+    if options["onednn"] == "1":
+        import torch
+
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     trainer, watch, batches = _trainer(folder, work, options)
     trainer.train()
     write(out, watch, batches, work["batch"] // int(options["per"]))

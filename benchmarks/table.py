@@ -20,15 +20,14 @@ CRASH, FAULTS, POWER, FLIPS = "crash.json", "disk-faults.json", "disk-power.json
 LONG, LAUNCHERS = "long.json", "launchers.json"
 NAMES = {
     "fitout": "Fitout", "trl default": "TRL, default", "trl best": "TRL, best effort",
-    "trainer best": "transformers Trainer, best effort", "llama-factory default": "LLaMA-Factory, default",
-    "llama-factory best": "LLaMA-Factory, best effort", "torchtune default": "torchtune, default",
-    "torchtune best": "torchtune, best effort",
+    "trl best onednn": "TRL, best effort, fp32 by oneDNN", "trainer best": "transformers Trainer, best effort",
+    "llama-factory default": "LLaMA-Factory, default", "llama-factory best": "LLaMA-Factory, best effort",
+    "torchtune default": "torchtune, default", "torchtune best": "torchtune, best effort",
 }  # fmt: skip
 PREPARED = {
     "fitout plain": "Fitout, what the others do too", "fitout": "Fitout, with cleaning, duplicates, split, report",
     "trl": "TRL", "llama-factory": "LLaMA-Factory", "tokenizer": "the tokenizer alone",
 }  # fmt: skip
-OF_A_LAYER = ("gated", "gated_backward", "norm")
 DATA = {
     "alpaca": "Alpaca rows", "gsm8k": "GSM8K rows", "blocks": "full blocks of 1,024",
     "shared": "eight answers a prompt", "pairs": "both answers of preference pairs",
@@ -51,7 +50,8 @@ def main() -> None:
     _put("planner", [_planner(result) for result in full if result.get("kind") == "planner"])
     _put("memory", [_memory(result) for result in full if result.get("kind") == "memory"], SPEED)
     _put("attention", [_attention(result) for result in full if result.get("kind") == "attention"], SPEED)
-    _put("compiled", [_compiled(result) for result in full if result.get("kind") == "compiled"], SPEED)
+    _put("between", [_between(result) for result in full if result.get("kind") == "between"], SPEED)
+    _put("products", [_products(result) for result in full if result.get("kind") == "products"], SPEED)
     _put("shared input", [_stacked(r) for r in full if r.get("kind") == "shared input"], SPEED)
     _put("compare", [_compared(result) for result in compared], METHODS)
 
@@ -280,32 +280,44 @@ def _row(result: dict[str, Any], side: str) -> str:
 
 
 def _attention(result: dict[str, Any]) -> str:
-    """Milliseconds by PyTorch's kernel and how many times as fast tiles are, in bold where Fitout takes them."""
+    """Milliseconds by our own code, and how many times as long PyTorch takes for the documents one by one."""
     machine, points = result["machine"], result["points"]
     kinds = list(dict.fromkeys((p["heads"], p["key_heads"], p["width"], p["type"]) for p in points))
-    cells: dict[int, list[str]] = {}
+    cells: dict[str, list[str]] = {}
     for point in points:
-        ratio = f"{point['ms']['kernel'] / point['ms']['tiles']:.2f}"
-        ratio = f"**{ratio}**" if point["taken"] == "tiles" else ratio
-        cells.setdefault(point["length"], []).append(f"{point['ms']['kernel']:.1f} ms, {ratio}")
-    rows = [f"| {length:,} | {' | '.join(its)} |" for length, its in cells.items()]
+        ms, what = point["ms"], f"{point['tokens'] // point['length']} x {point['length']:,}"
+        cells.setdefault(what, []).append(f"{ms['ours']:.1f} ms, {ms['pytorch'] / ms['ours']:.1f}")
+    rows = [f"| {what} | {' | '.join(its)} |" for what, its in cells.items()]
     head = " | ".join(f"{heads}/{keys} heads of {width}, {kind}" for heads, keys, width, kind in kinds)
-    kept = result["kept_mb"]
     title = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
-    title += (
-        f" Each new length in bf16 keeps {kept['kernel']:.1f} MB by PyTorch's kernel, {kept['tiles']:.1f} MB by tiles."
-    )
-    return f"{title}\n\n{_lines(f'| tokens | {head} |', rows)}"
+    return f"{title}\n\n{_lines(f'| documents x tokens | {head} |', rows)}"
 
 
-def _compiled(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    rows = []
-    for kind, point in result["points"].items():
-        cells = [f"{own:.2f} ms, {compiled:.2f} ms" for own, compiled in (point[w] for w in OF_A_LAYER)]
-        rows.append(f"| {kind} | {' | '.join(cells)} | {point['compile_s']:.0f} s |")
+def _between(result: dict[str, Any]) -> str:
+    """Milliseconds written out of PyTorch's operations, in native code, compiled."""
+    machine, points = result["machine"], result["points"]
+    parts = [what for what in next(iter(points.values())) if what != "compile_s"]
+    rows = [f"| {what} | {' | '.join(_three(point[what]) for point in points.values())} |" for what in parts]
+    seconds = ", ".join(f"{kind} {point['compile_s']:.0f} s" for kind, point in points.items())
     title = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
-    head = "| ours, compiled | gated activation | its backward | norm | until compiled |"
+    head = f"| written, native, compiled, in ms | {' | '.join(points)} |"
+    return f"{title} Until compiled: {seconds}.\n\n{_lines(head, rows)}"
+
+
+def _three(ms: dict[str, float]) -> str:
+    return ", ".join(f"{ms[form]:.2f}" for form in ("written", "native", "compiled"))
+
+
+def _products(result: dict[str, Any]) -> str:
+    """GFLOP/s of the three products of a layer."""
+    machine, rows = result["machine"], []
+    for point in result["points"]:
+        rates = [" / ".join(f"{rate}" for rate in each.values()) for each in point["gflops"].values()]
+        errors = [f"{point['largest_error'][side]:.0e}" for side in ("pytorch, fp32", "fitout, fp32")]
+        rows.append(f"| {point['from']:,} to {point['to']:,} | {' | '.join(rates)} | {' / '.join(errors)} |")
+    title = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
+    title += " A training asks oneDNN here." if result["onednn"] else " A training asks what PyTorch asks here."
+    head = "| x W^T / g W / g^T x in GFLOP/s | PyTorch, fp32 | a training, fp32 | bf16 | error PyTorch / training |"
     return f"{title}\n\n{_lines(head, rows)}"
 
 

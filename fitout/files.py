@@ -17,6 +17,13 @@ from typing import Any, BinaryIO
 from .errors import FitoutError
 
 
+def home() -> Path:
+    """Where Fitout remembers things between runs: FITOUT_HOME, else fitout/ in the user's data folder (XDG)."""
+    if given := os.environ.get("FITOUT_HOME"):
+        return Path(given)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "fitout"
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames inside `folder` survive a power loss (POSIX: fsync the directory)."""
     handle = os.open(folder, os.O_RDONLY)

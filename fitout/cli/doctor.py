@@ -29,16 +29,22 @@ def examine(model: str | None) -> dict[str, str]:
     """Facts by name, ready to print."""
     import torch
 
-    from ..model.precision import best_device, decide
+    from ..model import native
+    from ..model.precision import best_device, decide, faster_products, onednn_multiplies
 
     device = best_device()
-    precision = decide("auto", device)
+    with faster_products(device):
+        precision, by = decide("auto", device), "oneDNN" if onednn_multiplies() else "as PyTorch has it"
     facts = {"python": platform.python_version(), "cores": str(os.cpu_count()), "memory": _memory()}
     for package in ("fitout", "torch", "transformers", "tokenizers", "pyarrow"):
         facts[package] = version(package)
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     facts["threads"] = str(torch.get_num_threads())
     facts["precision"] = f"{precision.kind} ({precision.why})"
+    if device.type == "cpu":
+        facts["products in fp32"] = by
+        why = native.why_not()
+        facts["attention"] = f"by PyTorch's kernels, which take longer: {why}" if why else "compiled for this processor"
     facts["free disk here"] = f"{shutil.disk_usage('.').free / 1e9:.0f} GB"
     for package, use in OPTIONAL.items():
         facts[package] = _installed(package) or f"not installed; {use}"

@@ -2,8 +2,9 @@
 
 Every architecture that calls transformers' attention interface can use it: the forward passes `segments=...` through to
 each layer, no mask is made, and each document attends to itself (causally) and to the documents it continues (fully).
-On CPU this is one call (tiles.py) a segment, and one more for everything that looks back at a shared segment: no work
-between documents, no mask, no copy of a shared prefix's keys (measured in ../benchmarks).
+On a CPU that is one call of code of its own for all of them (native.py), or, where that cannot be had, one of PyTorch's
+kernel a segment and one more for everything that looks back at a shared segment: no work between documents, no mask, no
+copy of a shared prefix's keys (measured in ../benchmarks).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..layout import Segment
-from . import tiles, varlen
+from . import native, varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,10 +69,13 @@ def packed_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # which casts for PyTorch's own attention only; turned queries are fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    if kind == "cpu" and not dropout and not windowed:
+    if kind == "cpu" and not dropout:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.autocast("cpu", enabled=False):  # scores stay fp32
-            return _Documents.apply(query, key, value, segments, scale), None
+            if native.serves(query, key, value):
+                return _Native.apply(query, key, value, segments, scale, sliding_window if windowed else None), None
+            if not windowed:
+                return _Documents.apply(query, key, value, segments, scale), None
     if not dropout and varlen.serves(query, key, sliding_window):
         return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
     return _piece_by_piece(
@@ -129,30 +133,50 @@ def _explicit(
     return weights[..., : key.shape[2]] @ value
 
 
+class _Native(torch.autograd.Function):
+    """Attention of documents and trees of them by native.py."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float,
+        window: int | None,
+    ):  # fmt: skip
+        out, norm = native.attend(query, key, value, segments, scale, window)
+        ctx.save_for_backward(query, key, value, out, norm)
+        ctx.how = segments, scale, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return *native.slopes(grads[0], *ctx.saved_tensors, *ctx.how), None, None, None
+
+
 class _Documents(torch.autograd.Function):
-    """Attention of documents and trees of them, on a CPU: each segment causally to itself, and all that continues it
-    fully to it.
+    """The same by PyTorch's kernel: each segment causally to itself, and all that continues it fully to it.
 
     Called on slices of one block, so that nothing is split, joined or zeroed around them. What a token sees in several
     segments is put together by the logarithms of the softmax denominators (Milakov and Gimelshein, arXiv 1805.02867);
-    with the joint denominator and output each segment's share of the gradients follows.
+    with the joint denominator and output each segment's share of the gradients follows. bf16 is computed in fp32: in
+    bf16 the kernel's backward is slower, and compiles anew for each length.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float):
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         norm = torch.empty(query.shape[:-1], dtype=torch.float32)
+        wide = [_wide(x, query.shape[1]) for x in (query, key, value)]
 
         def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
-            return tiles.attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], causal, scale)
+            part = [x[:, :, at] for x, at in zip(wide, (queries, keys, keys), strict=True)]
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, causal, scale=scale)
 
         for s in segments:
             own = slice(s.start, s.end)
             out[:, :, own], norm[:, :, own] = attend(own, own, True)
         for s, later in _looked_back_at(segments):
             part, part_norm = attend(later, slice(s.start, s.end), False)
-            share = torch.sigmoid(part_norm - norm[:, :, later]).unsqueeze(-1).to(out.dtype)
-            out[:, :, later].lerp_(part, share)
+            share = torch.sigmoid(part_norm - norm[:, :, later]).unsqueeze(-1)
+            out[:, :, later] = torch.lerp(out[:, :, later].to(part.dtype), part, share.to(part.dtype))
             norm[:, :, later] = torch.logaddexp(norm[:, :, later], part_norm)
         ctx.save_for_backward(query, key, value, out, norm)
         ctx.segments, ctx.scale = segments, scale
@@ -161,23 +185,39 @@ class _Documents(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         query, key, value, out, norm = ctx.saved_tensors
-        grad = grads[0].transpose(1, 2)
+        heads = query.shape[1]
+        wide = [_wide(x, heads) for x in (grads[0].transpose(1, 2), query, key, value, out)]
 
-        def slopes(queries: slice, keys: slice, causal: bool, alone: bool) -> list[Tensor]:
-            g, q, o, n = (x[:, :, queries] for x in (grad, query, out, norm))
-            k, v = (x[:, :, keys] for x in (key, value))
-            return tiles.slopes(g, q, k, v, o, n, causal, ctx.scale, alone)
+        def slopes(queries: slice, keys: slice, causal: bool) -> list[Tensor]:
+            places = (queries, queries, keys, keys, queries)
+            part = [x[:, :, at] for x, at in zip(wide, places, strict=True)]
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *part, norm[:, :, queries], 0.0, causal, scale=ctx.scale
+            )
+            return [
+                slope if slope.shape[1] == own.shape[1] else slope.unflatten(1, (own.shape[1], -1)).sum(2)
+                for own, slope in zip((query, key, value), found, strict=True)
+            ]
 
         results = [torch.empty_like(x) for x in (query, key, value)]
         for s in ctx.segments:
             own = slice(s.start, s.end)
-            for whole, slope in zip(results, slopes(own, own, True, s.parent < 0), strict=True):
+            for whole, slope in zip(results, slopes(own, own, True), strict=True):
                 whole[:, :, own] = slope
         for s, later in _looked_back_at(ctx.segments):
             seen = slice(s.start, s.end)
-            for whole, at, slope in zip(results, (later, seen, seen), slopes(later, seen, False, False), strict=True):
+            for whole, at, slope in zip(results, (later, seen, seen), slopes(later, seen, False), strict=True):
                 whole[:, :, at] += slope
         return *results, None, None
+
+
+def _wide(states: Tensor, heads: int) -> Tensor:
+    """(1, K, T, D) as PyTorch's kernel takes it: bf16 in fp32, keys and values as often as queries look at them."""
+    batch, own, length, width = states.shape
+    states = states.float() if states.dtype == torch.bfloat16 else states
+    if own == heads:
+        return states
+    return states[:, :, None].expand(batch, own, heads // own, length, width).reshape(batch, heads, length, width)
 
 
 def _looked_back_at(segments: Sequence[Segment]) -> list[tuple[Segment, slice]]:

@@ -1,10 +1,10 @@
 """What lies between the matrix products of a model: norms, rotations, gated activations and the loss, as functions of
 tensors without autograd. fused.py calls those that are `in_use`.
 
-`WRITTEN` takes few passes over the data and few of them into new memory, as a CPU wants it. `compiled()` has
-`torch.compile` fuse each of them: on a GPU every operation is a launch, and a pass through its memory.
-Products, attention and what autograd keeps stay as they are, so a trial on the model itself says whether both forms
-agree (`fuse.why_not`).
+`WRITTEN` takes few passes over the data and few of them into new memory. `NATIVE` takes one, in code of our own for a
+CPU (native.py). `compiled()` has `torch.compile` fuse each of them: on a GPU every operation is a launch, and a pass
+through its memory. Products, attention and what autograd keeps stay as they are, so a trial on the model itself says
+whether both forms agree (`fuse.why_not`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import native
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Between:
     losses: Callable[[Tensor, Tensor], Tensor]
     """(logits (N, V), targets (N, 1)): cross-entropies (N) fp32; the logits may be overwritten"""
     loss_slopes: Callable[[Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
-    """(logits, targets, weights (N), kind): cross-entropies, and the gradient of their weighted sum (N, V) as `kind`"""
+    """(logits, targets, weights (N), kind): cross-entropies, and the gradient of their weighted sum (N, V) as `kind`,
+    which may stand in the logits' place"""
 
 
 # written out
@@ -107,6 +110,63 @@ def _loss_slopes(logits: Tensor, targets: Tensor, weights: Tensor, kind: torch.d
 
 
 WRITTEN = Between(_gated, _gated_again, _gated_slopes, _norm, _norm_slope, _turned, _turned_back, _losses, _loss_slopes)
+
+
+# in code of our own; tensors that it does not take (mixed types, fp16) as written
+
+
+def _native_gated(gate: Tensor, up: Tensor) -> Tensor:
+    return native.gated(gate, up) if native.takes(gate, up) else _gated(gate, up)
+
+
+def _native_gated_again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    return (native.gated(gate, up), None) if native.takes(gate, up) else _gated_again(gate, up)
+
+
+def _native_gated_slopes(grad: Tensor, gate: Tensor, up: Tensor, swish: Tensor | None) -> tuple[Tensor, Tensor]:
+    if native.takes(grad, gate, up):
+        return native.gated_slopes(grad, gate, up)
+    return _gated_slopes(grad, gate, up, swish)
+
+
+def _native_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return native.norm(x, weight, eps) if native.takes(x, weight) else _norm(x, weight, eps)
+
+
+def _native_norm_slope(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    if native.takes(grad, x, weight):
+        return native.norm_slope(grad, x, weight, inverse)
+    return _norm_slope(grad, x, weight, inverse)
+
+
+def _rows_of_heads(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """One sequence, each row in one piece, cos and sin the same for all heads."""
+    alike = len(x) == 1 and x.ndim == 4 and cos.shape == sin.shape == (1, 1, *x.shape[2:])
+    return alike and x.stride(-1) == 1 and x.dtype == cos.dtype and native.takes(cos, sin)
+
+
+def _native_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return native.turned(x, cos, sin, back=False) if _rows_of_heads(x, cos, sin) else _turned(x, cos, sin)
+
+
+def _native_turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return native.turned(grad, cos, sin, back=True) if _rows_of_heads(grad, cos, sin) else _turned_back(grad, cos, sin)
+
+
+def _native_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return native.loss(logits, targets, None) if native.takes(logits) else _losses(logits, targets)
+
+
+def _native_loss_slopes(logits: Tensor, targets: Tensor, weights: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    if kind == logits.dtype and native.takes(logits):
+        return native.loss(logits, targets, weights), logits
+    return _loss_slopes(logits, targets, weights, kind)
+
+
+NATIVE = Between(
+    _native_gated, _native_gated_again, _native_gated_slopes, _native_norm, _native_norm_slope, _native_turned,
+    _native_turned_back, _native_losses, _native_loss_slopes,
+)  # fmt: skip
 
 
 # plain, to be compiled: nothing in place, everything in fp32 until it is stored
@@ -205,6 +265,11 @@ def _compiled(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
 # which is in use
 
 in_use = WRITTEN
+
+
+def best(device: torch.device) -> Between:
+    """The form for `device` that needs no compiling."""
+    return NATIVE if device.type == "cpu" and native.why_not() is None else WRITTEN
 
 
 @contextmanager

@@ -1,13 +1,16 @@
-"""Which numbers to compute with, and with how many threads: decided by the device, and on a CPU by the model's width
-and a short measurement."""
+"""Which numbers to compute with, by which library and with how many threads: decided by the device, and on a CPU by the
+model's width and a short measurement."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ from ..errors import RequestError
 NARROW = 384  # measured: below, bf16 was slower in whole steps though faster in products (width 192: 0.45 times)
 PAYS = 1.3
 ONE_THREAD = 256  # measured up to here: two threads no faster than one alone, and beside other work 8 times slower
+EXACT = 1e-5  # of the largest number; factors rounded to bf16 would be 2e-3 off
 _threads: list[int] = []  # what torch began with
 
 
@@ -60,20 +64,60 @@ def decide(asked: str, device: torch.device, *, width: int = 512) -> Precision:
 
 def has_amx() -> bool:
     """Whether this CPU multiplies tiles of bf16 numbers in hardware (Intel's AMX)."""
-    return "amx_bf16" in _instructions()
-
-
-def has_bf16() -> bool:
-    """Whether this CPU has instructions for products of bf16 numbers (x86 or ARM)."""
-    return not _instructions().isdisjoint(("amx_bf16", "avx512_bf16", "bf16"))
+    return "amx_bf16" in instructions()
 
 
 @cache
-def _instructions() -> frozenset[str]:
+def instructions() -> frozenset[str]:
     """What the first core says that it has; nothing where the system does not tell."""
+    return frozenset((_told("flags") or _told("Features")).split())
+
+
+@cache
+def _maker() -> str:
+    return _told("vendor_id")
+
+
+def _told(what: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return frozenset(next((line.split() for line in lines if line.lower().startswith(("flags", "features"))), ()))
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), "")
+
+
+@contextmanager
+def faster_products(device: torch.device) -> Iterator[None]:
+    """Has oneDNN multiply fp32 while the block runs where MKL, which PyTorch asks on x86, leaves half of the processor
+    idle: on AMD's with AVX-512, which it drives as if they had AVX2. One row at a time, as in generating, MKL is
+    faster.
+
+    PyTorch hands fp32 products to oneDNN when it may round their factors to bf16, which oneDNN does where there is AMX;
+    so not there, and not where a product shows that it did.
+    """
+    if device.type != "cpu" or not _mkl_is_slow() or onednn_multiplies():
+        yield
+        return
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    a, b = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    if float((a @ b - exact).abs().max() / exact.abs().max()) > EXACT:
+        setting.fp32_precision = before
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def onednn_multiplies() -> bool:
+    """Whether products of fp32 go to oneDNN now, which compiles them for each shape."""
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    return setting is not None and setting.fp32_precision == "bf16"
+
+
+def _mkl_is_slow() -> bool:
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    known = hasattr(torch.backends.mkldnn, "matmul")  # since PyTorch 2.9
+    return there and known and "avx512f" in instructions() and not has_amx() and _maker() == "AuthenticAMD"
 
 
 def use_threads(width: int, device: torch.device) -> str | None:

@@ -14,6 +14,7 @@ from ..layout import Layout, Segment
 from ..model.attention import NAME as PACKED
 from ..model.head import WHOLE, head_cross_entropy, kind_of_head
 from ..model.parts import DATA, HEAD, part
+from ..model.precision import onednn_multiplies
 from ..model.send import send
 
 
@@ -25,7 +26,7 @@ class Objective(Protocol):
         """This layout's share of the step's loss: its sum divided by the step's `total` units."""
 
 
-ROUND_TO = 64  # tokens; a row of another length has bf16 kernels compiled for it on a CPU, 18 MB that are never freed
+ROUND_TO = 64  # tokens; oneDNN compiles kernels for each length of a row, in bf16 18 MB that are never freed
 
 
 def inputs(layout: Layout, device: torch.device, *, round_to: int = 1) -> tuple[dict[str, object], list[Tensor]]:
@@ -77,4 +78,4 @@ def _rounding(model: Any, device: torch.device) -> int:
     """What the length of a row is made a multiple of."""
     low = torch.is_autocast_enabled(device.type) or model.dtype == torch.bfloat16
     packed = model.config._attn_implementation == PACKED
-    return ROUND_TO if low and device.type == "cpu" and packed else 1
+    return ROUND_TO if (low or onednn_multiplies()) and device.type == "cpu" and packed else 1

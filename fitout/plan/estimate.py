@@ -19,7 +19,7 @@ from typing import Any
 from ..files import read_json
 from ..model.methods.cost import OPTIMIZER_BYTES, Cost, inputs_width
 from ..model.shape import Shape
-from .machine import Speed, compiles_bf16, threads
+from .machine import Speed, compiles_bf16
 from .work import MicroBatch, Work
 
 MB = 2**20
@@ -94,7 +94,7 @@ def memory(shape: Shape, cost: Cost, setup: Setup, work: Work) -> Memory:
     held = gradients if work.most_micro_batches > 1 else 0.0  # before the first backward there are none
     ends = 4.0 * shape.head_weights if cost.trains_head else 0.0  # the embedding's gradient, dense, before it is added
     framework = framework_bytes(cost, setup)
-    kernels = framework + kernel_bytes(shape, setup, work)
+    kernels = framework + kernel_bytes(setup, work)
     moments = {
         "end of a forward": _terms(setup, kernels, parameters + copies, held, optimizer,
                                    activations + max(0.0, backward - loss), loss),
@@ -136,26 +136,14 @@ def _memory_constants(setup: Setup) -> dict[str, float]:
 SIZES_KEPT = 50  # different micro-batch sizes whose kernels oneDNN keeps (1,024 kernels, some twenty for each)
 
 
-def kernel_bytes(shape: Shape, setup: Setup, work: Work) -> float:
-    """On a CPU, bf16 products compile kernels for each new size of a micro-batch (linear layers) and of attention: for
-    each size of its tiles (model/tiles.py) or, with AMX, for each length of a document in every thread that computes a
-    head by PyTorch's kernel; all are kept. fp32 has none (measured).
-    """
+def kernel_bytes(setup: Setup, work: Work) -> float:
+    """On a CPU, oneDNN's products in bf16 compile kernels for each new size of a micro-batch, and all are kept. In fp32
+    there are none (measured)."""
     if setup.device == "cuda" or not compiles_bf16():
         return 0.0
-    from ..model.precision import has_amx, has_bf16
-    from ..model.tiles import sizes_in_bf16
-
-    known = _memory_constants(setup)
     looked = [one.tokens for step in work.steps for one in step]
     sizes = min(SIZES_KEPT, round(len(set(looked)) * max(1.0, work.total_steps / len(work.steps))))
-    if not has_bf16():
-        attention = 0.0  # computed in fp32
-    elif has_amx():
-        attention = known["length_mb"] * work.lengths * min(shape.heads, threads())
-    else:
-        attention = known["tile_mb"] * min(work.lengths, sizes_in_bf16(shape.head_dim, work.longest))
-    return MB * (known["size_mb"] * sizes + attention)
+    return MB * _memory_constants(setup)["size_mb"] * sizes
 
 
 def sharded(parameters: float, gradients: float, optimizer: float, stage: int, devices: int) -> tuple[float, ...]:
@@ -189,7 +177,8 @@ def layer_bytes(shape: Shape, cost: Cost, setup: Setup) -> float:
         "heads": shape.heads, "one": 1,
     }  # fmt: skip
     every = sum(bytes_of[name] * width for name, width in widths.items())
-    unread = inputs_width(shape, lambda name: name not in cost.reads)
+    kept = {*cost.reads, "output"}  # which attention keeps anyway
+    unread = inputs_width(shape, lambda name: name not in kept)
     return every - setup.width * unread + setup.width * cost.kept + _more_norms(shape, setup)
 
 

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..files import read_jsonl
-
-
-def home() -> Path:
-    """Where Fitout remembers things between runs: FITOUT_HOME, else fitout/ in the user's data folder (XDG)."""
-    if given := os.environ.get("FITOUT_HOME"):
-        return Path(given)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "fitout"
+from ..files import home, read_jsonl
 
 
 def remember(row: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RequestError
-from ..files import read_json, write_json
-from .history import home
+from ..files import home, read_json, write_json
 
 GIB = 2**30
 UTILISATION = 0.4  # of the data-sheet peak that products of a real training loop reach; an estimate, not measured here
@@ -144,13 +142,6 @@ def compiles_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def threads() -> int:
-    """How many threads torch computes with, or would if it were loaded."""
-    if "torch" in sys.modules:
-        return sys.modules["torch"].get_num_threads()
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-
-
 class Probe:
     """The speed of the machine at hand, measured in the sizes that are asked for and remembered in home()/speeds.json.
 
@@ -240,16 +231,19 @@ def _own_seconds() -> float:
     return used.user + used.system + used.children_user + used.children_system + ticks / os.sysconf("SC_CLK_TCK")
 
 
-@lru_cache
 def _fingerprint(kind: str) -> str:
     """What the measured speeds belong to."""
     import torch
 
     if kind == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    from ..model.precision import onednn_multiplies
+
+    by = ", oneDNN" if onednn_multiplies() else ""
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}{by}"
 
 
+@lru_cache
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

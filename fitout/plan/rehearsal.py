@@ -155,7 +155,7 @@ class Rehearsal:
     def _timed(self, kind: str, setup: Setup, samples: list[MicroBatch], depth: int) -> Trial:
         import torch
 
-        from ..model import methods
+        from ..model import between, methods
         from ..model.fuse import fused
         from ..model.load import DTYPES, load_base
         from ..model.memory import recompute_activations
@@ -199,7 +199,7 @@ class Rehearsal:
         decoder = model.get_decoder()
         decoder.register_forward_pre_hook(lambda *_: decoded.append(now()))
         decoder.register_forward_hook(lambda *_: decoded.append(now()))
-        with fused(model):
+        with fused(model), between.using(between.best(device)):
             method.begin(model, gradients)
             began = now()
             while len(rounds) < ROUNDS and now() - began < SECONDS:

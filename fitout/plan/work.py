@@ -34,7 +34,6 @@ class Work:
     total_steps: int
     longest: int  # tokens of the longest sample
     samples: int
-    lengths: int  # how many different document lengths the run meets
 
     @property
     def largest(self) -> MicroBatch:
@@ -71,17 +70,12 @@ def work_of(
         total_steps=max_steps or round(total / share),
         longest=int(batches.part.lengths.max()),
         samples=round(len(batches.part) / share),
-        lengths=_different_lengths(steps) if len(steps) == total else len(np.unique(batches.part.lengths)),
     )
 
 
 def _micro_batch(layout: Layout) -> MicroBatch:
     lengths = tuple(segment.length for segment in layout.segments)
     return MicroBatch(layout.tokens, layout.supervised, lengths, layout.pairs, layout)
-
-
-def _different_lengths(steps: list[list[Layout]]) -> int:
-    return len({segment.length for step in steps for layout in step for segment in layout.segments})
 
 
 class AverageLength:
@@ -106,4 +100,4 @@ class AverageLength:
 
 def in_steps(one: MicroBatch, count: int = 1) -> Work:
     """Work of steps that are all alike, for questions without data."""
-    return Work(((one,) * count,), 1, 1, one.tokens, count, len(set(one.lengths)))
+    return Work(((one,) * count,), 1, 1, one.tokens, count)

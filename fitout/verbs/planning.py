@@ -37,6 +37,16 @@ def plan(
     Lengths come from the run's prepared data when they are there, else from tokenising the sources (the first rows of
     large ones), or with `length` from a given average. Raises RequestError for a device that is not known.
     """
+    from ..model.precision import best_device, faster_products
+
+    with faster_products(best_device()):
+        return _plan(recipe, device, devices, length, samples, run_directory(recipe, out), screen or Screen())
+
+
+def _plan(
+    recipe: Recipe, device: str | None, devices: int, length: int | None, samples: int | None, directory: RunDir,
+    screen: Screen,
+) -> Plan:  # fmt: skip
     from dataclasses import replace
 
     from ..model.methods import METHODS, LoraSettings
@@ -45,7 +55,6 @@ def plan(
     from ..plan.machine import machine
     from ..plan.planner import choose, make_plan
 
-    screen = screen or Screen()
     import_training()
     shape = _shape(recipe)
     use_threads(shape.hidden, best_device())
@@ -58,7 +67,7 @@ def plan(
     settings: dict[str, Any] = {one.model_fields["kind"].default: one() for one in METHODS} | {named.kind: named}
     costs = {name: one.cost(shape) for name, one in settings.items()}
     past = past_error(on.name) if on.measured else None
-    with _plan_data(recipe, run_directory(recipe, out), length, samples, screen) as (batches, share):
+    with _plan_data(recipe, directory, length, samples, screen) as (batches, share):
         work_at = _work_at(recipe, batches, share)
         rehearsal = _rehearsal(recipe, shape, settings, work_at, on) if on.measured else None
         more: Any = {"devices": devices, "past": past, "rehearsal": rehearsal}

@@ -25,7 +25,7 @@ from .planning import (
 )
 from .preparing import prepare_data
 from .sharing import backend_for, require_shared, tell_idle_devices
-from .working import Screen, base_name, chat_of, comparable, hardware, hub_source
+from .working import Screen, base_name, chat_of, comparable, hardware, hub_source, main_process
 
 if TYPE_CHECKING:
     from ..chat.render import Chat
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 def train_model(recipe: Recipe, directory: RunDir, screen: Screen, *, resume: bool, profile: bool = False) -> None:
     """From prepared data to trained weights in adapter/ or model/, on all ranks that were started. `profile`: some
     steps say where their time goes."""
-    from ..model.precision import best_device
+    from ..model.precision import best_device, faster_products
     from ..train.backend import Backend
 
-    with Backend(best_device()) as group:
+    with Backend(best_device()) as group, faster_products(group.device):
         _train_model(recipe, directory, screen, group, resume=resume, profile=profile)
 
 
@@ -80,6 +80,8 @@ def _train_model(
         screen.say(f"computing in {precision.kind} on {device.type}: {precision.why}")
         kind = precision.kind
     kind = group.agree(kind, tuple(DTYPES))
+    if device.type == "cpu":
+        _tell_native(directory, screen)
     method = methods.create(recipe.method)
 
     with group.main_first("data"):
@@ -197,6 +199,26 @@ def _packs(model: Any, backend: Backend, screen: Screen) -> bool:
     return False
 
 
+TOLD = 1  # seconds of compiling that are worth a line
+
+
+def _tell_native(directory: RunDir, screen: Screen) -> None:
+    """Says what the code of our own for a CPU cost, or why there is none, and when a run goes on without what it began
+    with, or with what it had not."""
+    from ..model import native
+
+    start, began_with = time.perf_counter(), directory.read_status().get("native")
+    why = native.why_not()
+    if (seconds := time.perf_counter() - start) > TOLD:
+        screen.say(f"compiled attention, norms, activations and loss for this processor, once: {seconds:.0f} s")
+    if why:
+        screen.say(f"attention, norms, activations and loss by PyTorch's kernels, which take longer: {why}")
+    if began_with is not None and began_with != (why is None):
+        screen.say("this run began otherwise; from here on it is not bit for bit what an uninterrupted one would be")
+    if main_process():
+        directory.update_status(native=why is None)
+
+
 COMPILE_PAYS = 600  # seconds of a training; compiling took 7 to 24 on a CPU
 
 
@@ -216,7 +238,8 @@ def _compiled(
     if began_with is not None:
         wanted = began_with
     wanted = backend.agree("yes" if wanted else "no", ("yes", "no")) == "yes"
-    form, start, why = between.WRITTEN, time.perf_counter(), None
+    own, start, why = between.best(backend.device), time.perf_counter(), None
+    form = own
     if wanted and backend.spreads:
         why = f"{backend.kind} divides the weights, and leaves no model to try it on"
     elif wanted:
@@ -231,12 +254,12 @@ def _compiled(
                 harm="Going on without it would give other numbers than an uninterrupted run.",
                 hint="Go on where it works, or start anew with train.compile: false and another name or --out.",
             )
-        form = between.WRITTEN
+        form = own
         screen.say(f"not compiled: {why}")
     elif wanted:
         screen.say(f"compiled what lies between products: {time.perf_counter() - start:.0f} s (train.compile)")
     if backend.main:
-        directory.update_status(compiled=form is not between.WRITTEN)
+        directory.update_status(compiled=form is not own)
     with between.using(form):
         yield
 

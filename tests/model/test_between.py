@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from fitout.data.pack import lay_out
 from fitout.model import between, fuse
 from fitout.model.attention import NAME, register
-from fitout.model.between import WRITTEN
+from fitout.model.between import NATIVE, WRITTEN
 from fitout.model.methods import LoraSettings, create
 from fitout.model.methods.base import trainable
 from fitout.objectives.base import token_losses
@@ -43,16 +43,24 @@ def slope_of(function, at, along, *others):
     return value.detach(), *torch.autograd.grad((value * along.double()).sum(), wide[:1])
 
 
+def form_of(name, plain, request):
+    if name in ("native", "avx2"):
+        request.getfixturevalue("compiler" if name == "native" else name)
+        assert between.best(torch.device("cpu")) is NATIVE
+        return NATIVE
+    return WRITTEN if name == "written" else plain
+
+
 def assert_near(got, want, kind):
     gap = (got.double() - want).abs().max() / want.abs().max()
     assert got.dtype in (kind, torch.float32) and float(gap) <= (1e-6 if kind == torch.float32 else 0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("form", ["written", "plain"])
-def test_each_function_against_autograd_in_double_precision(form, kind, plain):
-    form = WRITTEN if form == "written" else plain
-    gate, up, grad = (numbers(7, 12, kind=kind, seed=n) for n in range(3))
+@pytest.mark.parametrize("form", ["written", "native", "avx2", "plain"])
+def test_each_function_against_autograd_in_double_precision(form, kind, plain, request):
+    form = form_of(form, plain, request)
+    gate, up, grad = (numbers(7, 44, kind=kind, seed=n) for n in range(3))
 
     def gated(gate, up):
         return F.silu(gate) * up
@@ -66,20 +74,20 @@ def test_each_function_against_autograd_in_double_precision(form, kind, plain):
         for got, want in zip(form.gated_slopes(grad, gate, up, again), (slope_gate, slope_up), strict=True):
             assert_near(got, want, kind)
 
-    x, weight = numbers(3, 5, 16, kind=kind), numbers(16, kind=kind, seed=1)
-    grad = numbers(3, 5, 16, kind=kind, seed=2)
-    value, slope = slope_of(lambda x, w: F.rms_norm(x, (16,), w, 1e-3), x, grad, weight)
+    x, weight = numbers(3, 5, 44, kind=kind), numbers(44, kind=kind, seed=1)
+    grad = numbers(3, 5, 44, kind=kind, seed=2)
+    value, slope = slope_of(lambda x, w: F.rms_norm(x, (44,), w, 1e-3), x, grad, weight)
     out, inverse = form.norm(x, weight, 1e-3)
     assert_near(out, value, kind)
     assert inverse.dtype == torch.float32 and inverse.shape == (3, 5, 1)
     assert_near(form.norm_slope(grad, x, weight, inverse), slope, kind)
 
-    x, grad = numbers(1, 2, 5, 8, kind=kind), numbers(1, 2, 5, 8, kind=kind, seed=1)
-    angle = numbers(1, 1, 5, 8, kind=torch.float32)  # the two halves turn by different angles
+    x, grad = numbers(1, 5, 2, 44, kind=kind).transpose(1, 2), numbers(1, 2, 5, 44, kind=kind, seed=1)
+    angle = numbers(1, 1, 5, 44, kind=torch.float32)  # the two halves turn by different angles
     cos, sin = angle.cos().to(kind), angle.sin().to(kind)
 
     def turned(x, cos, sin):
-        return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
+        return x * cos + torch.cat([-x[..., 22:], x[..., :22]], -1) * sin
 
     value, slope = slope_of(turned, x, grad, cos, sin)
     assert_near(form.turned(x, cos, sin), value, kind)
@@ -87,9 +95,9 @@ def test_each_function_against_autograd_in_double_precision(form, kind, plain):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("form", ["written", "plain"])
-def test_the_loss_against_cross_entropy_in_double_precision(form, kind, plain):
-    form = WRITTEN if form == "written" else plain
+@pytest.mark.parametrize("form", ["written", "native", "avx2", "plain"])
+def test_the_loss_against_cross_entropy_in_double_precision(form, kind, plain, request):
+    form = form_of(form, plain, request)
     logits = numbers(9, 33, kind=kind) * 30  # so far apart that exp overflows where the largest is not taken off
     targets, weights = torch.arange(9)[:, None] * 3, torch.linspace(0, 2, 9)
     want, slope = slope_of(lambda x: F.cross_entropy(x, targets.squeeze(1), reduction="none"), logits, weights)
@@ -98,6 +106,52 @@ def test_the_loss_against_cross_entropy_in_double_precision(form, kind, plain):
     torch.testing.assert_close(losses.double(), want, rtol=1e-6, atol=1e-5)
     assert got.dtype == kind
     assert_near(got, slope, kind)
+
+
+def test_what_native_code_does_not_take_is_computed_as_written():
+    """fp16, a weight in another type, a batch of two, rows that are not in one piece."""
+    half, wide = (numbers(2, 3, 4, 8, kind=kind) for kind in (torch.float16, torch.bfloat16))
+    weight, cos, sin = numbers(8, kind=torch.float32), *(numbers(1, 1, 4, 8, kind=torch.bfloat16) for _ in range(2))
+    for name, given in {
+        "gated": (half, half), "norm": (wide, weight, 1e-5), "turned": (wide, cos, sin),
+        "turned_back": (wide[:1].transpose(2, 3).contiguous().transpose(2, 3), cos, sin),
+    }.items():  # fmt: skip
+        found, want = (getattr(form, name)(*given) for form in (NATIVE, WRITTEN))
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, want)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_native_functions_hide_nothing_that_is_not_a_number(kind):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = numbers(5, 40, kind=kind)
+        x[2, 7] = bad
+        targets, weights = torch.arange(5)[:, None], torch.ones(5)
+        for name, given in {
+            "gated": (x, x), "gated_slopes": (x, x, x, None), "norm": (x, x[0], 1e-5),
+            "losses": (x, targets), "loss_slopes": (x, targets, weights, kind),
+        }.items():  # fmt: skip
+            found, want = (
+                getattr(form, name)(*(x.clone() if x is y else y for y in given)) for form in (NATIVE, WRITTEN)
+            )
+            for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, want)), strict=True):
+                assert torch.equal(a.isfinite(), b.isfinite()), (name, bad)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_native_functions_add_up_the_same_with_any_number_of_threads(kind):
+    x, weights = numbers(300, 700, kind=kind), torch.linspace(0, 1, 300)
+    targets = torch.arange(300)[:, None]
+
+    def all_of_them():
+        return [*NATIVE.norm(x, x[0], 1e-5), *NATIVE.loss_slopes(x.clone(), targets, weights, kind), NATIVE.gated(x, x)]
+
+    one, threads = all_of_them(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(one, all_of_them(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def model_of(kind):

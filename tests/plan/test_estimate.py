@@ -203,9 +203,9 @@ def test_steps_are_averaged():
     small, large = MicroBatch(100, 50, (100,), 5050), MicroBatch(300, 150, (300,), 45150)
     lora = cost.lora(LLAMA_13B, rank=8)
     times = [
-        seconds(LLAMA_13B, lora, Setup("bf16", "cuda"), Work((step,), 1, 1, 300, 1, 1), Fixed())
+        seconds(LLAMA_13B, lora, Setup("bf16", "cuda"), Work((step,), 1, 1, 300, 1), Fixed())
         for step in ((small,), (large,))
     ]
-    both = seconds(LLAMA_13B, lora, Setup("bf16", "cuda"), Work(((small,), (large,)), 2, 2, 300, 2, 2), Fixed())
+    both = seconds(LLAMA_13B, lora, Setup("bf16", "cuda"), Work(((small,), (large,)), 2, 2, 300, 2), Fixed())
     assert both == pytest.approx(sum(times) / 2)
-    assert memory(LLAMA_13B, lora, Setup("bf16"), Work(((small,), (large,)), 2, 2, 300, 2, 2)).peak / MB > 1000
+    assert memory(LLAMA_13B, lora, Setup("bf16"), Work(((small,), (large,)), 2, 2, 300, 2)).peak / MB > 1000

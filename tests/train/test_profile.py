@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fitout.data.pack import lay_out
 from fitout.files import read_json
 from fitout.layout import Layout, Segment
-from fitout.model import methods
-from fitout.model.attention import _Documents
+from fitout.model import methods, native
+from fitout.model.attention import _Documents, _Native
 from fitout.model.fuse import fused
 from fitout.model.memory import recompute_activations
 from fitout.model.methods import AdapterSettings, DoraSettings, FullSettings, LoraSettings
@@ -29,6 +29,7 @@ from tests.conftest import random_samples, tiny_llama
 from tests.equal.small import CPU, adapted, events, job_of, random_part, train
 
 OBJECTIVE = create(SftSettings())
+CALLED = _Documents if native.why_not() else _Native  # what attention goes through here
 
 
 class OneFlop:
@@ -126,7 +127,7 @@ class Stopwatch:
 def test_parts_add_up_and_agree_with_a_stopwatch(tmp_path, monkeypatch):
     attention, update = Stopwatch(), Stopwatch()
     for name in ("forward", "backward"):
-        monkeypatch.setattr(_Documents, name, staticmethod(attention.over(getattr(_Documents, name))))
+        monkeypatch.setattr(CALLED, name, staticmethod(attention.over(getattr(CALLED, name))))
     for name in ("clip", "update"):
         monkeypatch.setattr(Backend, name, update.over(getattr(Backend, name)))
     model, method = adapted(LoraSettings(rank=4))
@@ -211,7 +212,7 @@ def test_the_backward_of_a_part_belongs_to_it(kind):
         profile.times(profiler.events())
     finally:
         profile._part = original
-    assert where["_DocumentsBackward"] == {"attention"}
+    assert where[f"{CALLED.__name__}Backward"] == {"attention"}
     assert where["_LinearCrossEntropyBackward"] == {"head and loss"}
     assert "linears" in where["aten::mm"]
     linear = {"dora": "_AdaptedLinearBackward", "lora": "_LoraLinearBackward"}.get(kind, "MmBackward0")

@@ -1,0 +1,332 @@
+"""What this package computes on a CPU in code of its own (cpp/): compiled where it runs, once, and kept.
+
+PyTorch's kernels serve every processor and every shape. Attention of many short documents loses most of its time there
+in blocks that are too small, and what lies between products in passes over memory. So both are written out here, for
+Linux on x86-64 with AVX2 or AVX-512, compiled for the processor at hand by the GCC that is installed, in home()/native.
+Before it is used it must agree with PyTorch on small examples. Where there is no compiler, or anything else is missing,
+`why_not` says so, and PyTorch's own kernels are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import home
+from ..layout import Segment
+from .precision import instructions
+
+SOURCES = Path(__file__).parent / "cpp"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-strict-aliasing", "-fPIC", "-w")
+PATIENCE = 300  # seconds to compile; it takes three
+SAME = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest number, in the small example
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("start", "end", "last", "depth")]
+
+
+POINTERS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "norm", "segments")
+SIZES = ("count", "tokens", "heads", "few", "width", "value")
+STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "grad_token", "grad_head")
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in (*SIZES, *STRIDES, "window")),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend` computes attention of such tensors, here."""
+    kinds = {x.dtype for x in (query, key, value)}
+    return (
+        query.device.type == "cpu"
+        and len(query) == 1
+        and (kinds == {torch.float32} or kinds == {torch.bfloat16})
+        and why_not() is None
+    )
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of documents and trees of them: a token sees its own document up to itself, and with `window` w
+    no more than w tokens, itself included.
+
+    query (1, H, T, D), key (1, K, T, D), value (1, K, T, V), H a multiple of K. Returns (1, T, H, V) in the query's
+    dtype, and the logarithm of each softmax's denominator (H, T) in fp32. Scores and sums are fp32; weights are rounded
+    to the dtype before they meet the values.
+    """
+    own, kind = query.dtype, _kind(query, value)
+    query, key, value = (_in_rows(x, kind) for x in (query, key, value))
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    norm = query.new_empty(query.shape[1], query.shape[2], dtype=torch.float32)
+    _run(query, key, value, segments, scale, window, back=False, out=out, norm=norm)
+    return out.to(own), norm
+
+
+def slopes(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    norm: Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    window: int | None = None,
+) -> list[Tensor]:
+    """Gradients of query, key and value, from that of the output (1, T, H, V); `out` and `norm` as `attend` gave them.
+    Gradients of scores are rounded to the dtype once their row's mean is taken off."""
+    own, kind = query.dtype, _kind(query, value)
+    grad, query, key, value, out = (_in_rows(x, kind) for x in (grad, query, key, value, out))
+    found = [x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)]
+    more = dict(zip(("dq", "dk", "dv"), found, strict=True))
+    _run(
+        query, key, value, segments, scale, window, back=True, out=out, norm=norm, grad=grad.transpose(1, 2), **more
+    )  # fmt: skip
+    return [x.to(own).transpose(1, 2) for x in found]
+
+
+def _kind(query: Tensor, value: Tensor) -> torch.dtype:
+    """What is computed in: fp32 for bf16 that the processor cannot multiply, or that is not in pairs."""
+    even = query.shape[3] % 2 == value.shape[3] % 2 == 0
+    return query.dtype if even and hasattr(_library(), _name(query.dtype)) else torch.float32
+
+
+def _in_rows(x: Tensor, kind: torch.dtype) -> Tensor:
+    """As `kind`, the last dimension in one piece and, in bf16, every row at an even number."""
+    x = x.to(kind)
+    odd = kind == torch.bfloat16 and any(step % 2 for step in x.stride()[1:3])
+    return x.contiguous() if odd or x.stride(-1) != 1 else x
+
+
+def _name(kind: torch.dtype, what: str = "attend") -> str:
+    return f"{what}_{str(kind).removeprefix('torch.')}"
+
+
+_told: tuple[Any, Any] = (None, None)  # the last segments, and what the library was told of them
+
+
+def _segments(segments: Sequence[Segment]) -> Any:
+    """The same for every layer of a micro-batch."""
+    global _told
+    known, told = _told
+    if known is not segments:
+        told = (_Segment * len(segments))()
+        for i, s in enumerate(segments):
+            depth = 0 if s.parent < 0 else told[s.parent].depth + segments[s.parent].length
+            told[i] = _Segment(s.start, s.end, s.end, depth)
+        for i in reversed(range(len(segments))):
+            if segments[i].parent >= 0:
+                above = told[segments[i].parent]
+                above.last = max(above.last, told[i].last)
+        _told = (segments, told)
+    return told
+
+
+def _run(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, window: int | None,
+    *, back: bool, **more: Tensor,
+) -> None:  # fmt: skip
+    told = _segments(segments)
+    call = _Call(segments=ctypes.addressof(told), count=len(told), scale=scale, window=window or 0)
+    call.tokens, call.heads, call.few = query.shape[2], query.shape[1], key.shape[1]
+    call.width, call.value, call.threads = query.shape[3], value.shape[3], torch.get_num_threads()
+    for name, x in {"q": query, "k": key, "v": value, **more}.items():
+        setattr(call, name, x.data_ptr())
+        if f"{name}_token" in STRIDES:
+            setattr(call, f"{name}_token", x.stride(2))
+            setattr(call, f"{name}_head", x.stride(1))
+    getattr(_library(), _name(query.dtype))(ctypes.byref(call), int(back))
+
+
+# what lies between products
+
+ELSEWHERE = 1 << 15  # numbers that are worth a thread
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the functions below compute with such tensors, here: of one type, each in one piece."""
+    first = tensors[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in SAME
+        and all(x.dtype == first.dtype and x.is_contiguous() for x in tensors)
+        and why_not() is None
+    )
+
+
+def loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Cross-entropies (N) in fp32 of logits (N, V) at targets (N) int64. With `weights` (N) fp32 the logits become the
+    gradient of the weighted sum."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    more = targets.contiguous(), None if weights is None else weights.contiguous(), losses
+    _call_on("loss", logits, *more, *logits.shape)
+    return losses
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up"""
+    out = torch.empty_like(gate)
+    _call_on("gated", gate, up, out, gate.numel())
+    return out
+
+
+def gated_slopes(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    found = torch.empty_like(gate), torch.empty_like(up)
+    _call_on("gated_slopes", grad, gate, up, *found, gate.numel())
+    return found
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """weight * (x / rms), rounded before it is scaled; and 1 / rms (..., 1) in fp32."""
+    out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    _call_on("norm", x, weight, out, inverse, eps, inverse.numel(), x.shape[-1])
+    return out, inverse
+
+
+def norm_slope(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _call_on("norm_slope", grad, x, weight, inverse, out, inverse.numel(), x.shape[-1])
+    return out
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """x cos + rotate_half(x) sin, or with `back` the gradient of x from that of this: x (1, H, T, D), each row of D in
+    one piece, cos and sin of T x D numbers. The result lies in memory as x does."""
+    out = torch.empty_like(x)
+    strides = [(one.stride(1), one.stride(2)) for one in (x, out)]
+    _call_on("turn", x, *strides[0], cos, sin, out, *strides[1], *x.shape[1:], int(back))
+    return out
+
+
+def _call_on(name: str, first: Tensor, *more: Tensor | float | None) -> None:
+    threads = max(1, min(torch.get_num_threads(), first.numel() // ELSEWHERE))
+    given = [x.data_ptr() if isinstance(x, Tensor) else x for x in (first, *more)]
+    getattr(_library(), _name(first.dtype, name))(*given, threads)
+
+
+# the library
+
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+TAKES = {
+    "loss": (_P, _P, _P, _P, _N, _N),
+    "gated": (_P, _P, _P, _N),
+    "gated_slopes": (_P, _P, _P, _P, _P, _N),
+    "norm": (_P, _P, _P, _P, ctypes.c_float, _N, _N),
+    "norm_slope": (_P, _P, _P, _P, _P, _N, _N),
+    "turn": (_P, _N, _N, _P, _P, _P, _N, _N, _N, _N, _N, ctypes.c_int32),
+}
+
+
+@cache
+def why_not() -> str | None:
+    """Why nothing here is used on this machine, or None."""
+    try:
+        _library()
+        return _differs()
+    except _Missing as missing:
+        return str(missing)
+
+
+class _Missing(Exception):
+    pass
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Compiles what is not there yet. Raises _Missing."""
+    if platform.system() != "Linux" or not {"avx2", "fma"} <= instructions():
+        raise _Missing("it is written for Linux on processors with AVX2")
+    compiler, runtime = shutil.which(os.environ.get("CXX") or "g++"), _openmp()
+    if compiler is None:
+        raise _Missing("there is no C++ compiler (g++)")
+    if runtime is None:
+        raise _Missing("this PyTorch computes without OpenMP")
+    sources = sorted(SOURCES.iterdir())
+    told = [compiler, *FLAGS, runtime, *sorted(instructions()), *(path.read_text() for path in sources)]
+    path = home() / "native" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _compile(compiler, runtime, path)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _Missing(f"{path}: {error}") from error
+    for name, types in TAKES.items():
+        for kind in SAME:
+            getattr(library, _name(kind, name)).argtypes = (*types, ctypes.c_int32)
+    return library
+
+
+def _openmp() -> str | None:
+    """The OpenMP library that PyTorch brought into this process: threads of a second one would be in the way."""
+    found = re.findall(r"/\S*/lib[gi]omp[^/\s]*\.so\S*", Path("/proc/self/maps").read_text())
+    return found[0] if found else None
+
+
+def _compile(compiler: str, runtime: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        objects = []
+        for source in sorted(SOURCES.glob("*.cpp")):
+            objects.append(f"{name}/{source.stem}.o")
+            _call([compiler, *FLAGS, "-fopenmp", "-c", str(source), "-o", objects[-1]])
+        _call([compiler, "-shared", *objects, runtime, "-o", f"{name}/all.so"])
+        os.replace(f"{name}/all.so", path)
+
+
+def _call(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _Missing(f"{command[0]} took more than {PATIENCE} seconds") from error
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+        raise _Missing(f"{command[0]} could not compile it: {said}")
+
+
+def _differs() -> str | None:
+    """Attention of a small tree, forward and backward, against itself written out in double precision."""
+    segments = (Segment(0, 70), Segment(70, 75, 0), Segment(75, 107, 0), Segment(107, 110))
+    ends, noise = (107, 75, 107, 110), torch.Generator().manual_seed(0)
+    seen = torch.zeros(110, 110, dtype=torch.bool, device="cpu")
+    for s, end in zip(segments, ends, strict=True):
+        for at in range(s.start, s.end):
+            seen[at:end, at] = True
+    for kind, bound in SAME.items():
+        if not hasattr(_library(), _name(kind)):
+            continue
+        q, grad = (torch.randn(1, 4, 110, 32, generator=noise, device="cpu").to(kind) for _ in range(2))
+        k, v = (torch.randn(1, 2, 110, 32, generator=noise, device="cpu").to(kind) for _ in range(2))
+        out, norm = attend(q, k, v, segments, 0.2)
+        found = [out.transpose(1, 2), *slopes(grad.transpose(1, 2), q, k, v, out, norm, segments, 0.2)]
+        queries, along, keys, values = q.double(), grad.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v))
+        weights = (queries @ keys.transpose(2, 3) * 0.2).masked_fill(~seen, -torch.inf).softmax(-1)
+        slope = along @ values.transpose(2, 3)
+        slope = weights * (slope - (slope * weights).sum(-1, keepdim=True)) * 0.2
+        of_keys, of_values = (
+            (a.transpose(2, 3) @ b).unflatten(1, (2, 2)).sum(2) for a, b in ((slope, queries), (weights, along))
+        )
+        right = [weights @ values, slope @ keys, of_keys, of_values]
+        gaps = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, right, strict=True)]
+        if not max(gaps) <= bound:
+            return f"its attention in {kind} is {max(gaps):.1e} from what it should be"
+    return None

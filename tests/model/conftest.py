@@ -1,0 +1,30 @@
+"""The code of our own for a CPU, compiled as for a processor that has AVX2 and nothing more."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from fitout.model import native
+
+
+def forget():
+    for known in (native.why_not, native._library):
+        known.cache_clear()
+
+
+@pytest.fixture
+def compiler():
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+
+
+@pytest.fixture
+def avx2(compiler, monkeypatch):
+    flags = [flag for flag in native.FLAGS if flag != "-march=native"]
+    monkeypatch.setattr(native, "FLAGS", (*flags, "-mavx2", "-mfma"))
+    forget()
+    assert native.why_not() is None
+    yield
+    forget()
