@@ -64,17 +64,15 @@ def packed_attention(
             query, key, value, segments, sliding_window,
             lambda q, k, v, mask: _explicit(q, k, v, mask, scaling, softcap, s_aux, dropout),
         )  # fmt: skip
-    longest = max(segment.length for segment in segments)
-    windowed = sliding_window is not None and longest > sliding_window
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # which casts for PyTorch's own attention only; turned queries are fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if kind == "cpu" and not dropout:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.autocast("cpu", enabled=False):  # scores stay fp32
-            if native.serves(query, key, value):
-                return _Native.apply(query, key, value, segments, scale, sliding_window if windowed else None), None
-            if not windowed:
+            if native.serves(query, key, value, segments):
+                return _Native.apply(query, key, value, segments, scale, sliding_window), None
+            if sliding_window is None or _longest_path(segments) <= sliding_window:
                 return _Documents.apply(query, key, value, segments, scale), None
     if not dropout and varlen.serves(query, key, sliding_window):
         return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
@@ -218,6 +216,14 @@ def _wide(states: Tensor, heads: int) -> Tensor:
     if own == heads:
         return states
     return states[:, :, None].expand(batch, own, heads // own, length, width).reshape(batch, heads, length, width)
+
+
+def _longest_path(segments: Sequence[Segment]) -> int:
+    """Tokens of the longest document, from a root to a leaf."""
+    ends: list[int] = []
+    for segment in segments:
+        ends.append(segment.length + (ends[segment.parent] if segment.parent >= 0 else 0))
+    return max(ends)
 
 
 def _looked_back_at(segments: Sequence[Segment]) -> list[tuple[Segment, slice]]:

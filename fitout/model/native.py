@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import home
+from ..errors import FitoutError
+from ..files import atomic_path, home
 from ..layout import Segment
 from .precision import instructions
 
@@ -53,15 +56,24 @@ class _Call(ctypes.Structure):
     ]
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def serves(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]) -> bool:
     """Whether `attend` computes attention of such tensors, here."""
-    kinds = {x.dtype for x in (query, key, value)}
+    (batch, heads, tokens, width), kinds = query.shape, {x.dtype for x in (query, key, value)}
     return (
-        query.device.type == "cpu"
-        and len(query) == 1
+        _plain(query, key, value)
+        and batch == 1
         and (kinds == {torch.float32} or kinds == {torch.bfloat16})
+        and key.shape == (1, key.shape[1], tokens, width)
+        and value.shape[:3] == key.shape[:3]
+        and heads % key.shape[1] == 0
+        and segments[-1].end == tokens
         and why_not() is None
     )
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether all have their numbers in this machine's memory, as no tensor of another kind does."""
+    return all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def attend(
@@ -167,7 +179,7 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the functions below compute with such tensors, here: of one type, each in one piece."""
     first = tensors[0]
     return (
-        first.device.type == "cpu"
+        _plain(*tensors)
         and first.dtype in SAME
         and all(x.dtype == first.dtype and x.is_contiguous() for x in tensors)
         and why_not() is None
@@ -176,10 +188,12 @@ def takes(*tensors: Tensor) -> bool:
 
 def loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """Cross-entropies (N) in fp32 of logits (N, V) at targets (N) int64. With `weights` (N) fp32 the logits become the
-    gradient of the weighted sum."""
+    gradient of the weighted sum. Raises IndexError for a target that is none of the V."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    more = targets.contiguous(), None if weights is None else weights.contiguous(), losses
-    _call_on("loss", logits, *more, *logits.shape)
+    targets = targets.to(torch.int64).contiguous()
+    weights = None if weights is None else weights.to(torch.float32).contiguous()
+    if outside := _call_on("loss", logits, targets, weights, losses, *logits.shape):
+        raise IndexError(f"{outside} targets are out of bounds: logits have {logits.shape[1]} entries")
     return losses
 
 
@@ -218,10 +232,10 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     return out
 
 
-def _call_on(name: str, first: Tensor, *more: Tensor | float | None) -> None:
+def _call_on(name: str, first: Tensor, *more: Tensor | float | None) -> Any:
     threads = max(1, min(torch.get_num_threads(), first.numel() // ELSEWHERE))
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in (first, *more)]
-    getattr(_library(), _name(first.dtype, name))(*given, threads)
+    return getattr(_library(), _name(first.dtype, name))(*given, threads)
 
 
 # the library
@@ -242,9 +256,10 @@ def why_not() -> str | None:
     """Why nothing here is used on this machine, or None."""
     try:
         _library()
-        return _differs()
-    except _Missing as missing:
-        return str(missing)
+        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _differs()
+    except (_Missing, FitoutError, OSError, RuntimeError) as error:
+        return str(error)
 
 
 class _Missing(Exception):
@@ -253,24 +268,26 @@ class _Missing(Exception):
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Compiles what is not there yet. Raises _Missing."""
+    """Compiles what is not there yet, or damaged. Raises _Missing."""
     if platform.system() != "Linux" or not {"avx2", "fma"} <= instructions():
         raise _Missing("it is written for Linux on processors with AVX2")
-    compiler, runtime = shutil.which(os.environ.get("CXX") or "g++"), _openmp()
-    if compiler is None:
-        raise _Missing("there is no C++ compiler (g++)")
+    compiler, runtime = shlex.split(os.environ.get("CXX") or "g++"), _openmp()
+    if shutil.which(compiler[0]) is None:
+        raise _Missing(f"there is no C++ compiler ({compiler[0]})")
     if runtime is None:
         raise _Missing("this PyTorch computes without OpenMP")
-    sources = sorted(SOURCES.iterdir())
-    told = [compiler, *FLAGS, runtime, *sorted(instructions()), *(path.read_text() for path in sources)]
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    told = [compiler, FLAGS, runtime, sorted(instructions()), sources]
     path = home() / "native" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists():
+        _compile(compiler, runtime, path)
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _compile(compiler, runtime, path)
         library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise _Missing(f"{path}: {error}") from error
+    except OSError:  # whatever stands there under this name
+        path.unlink()
+        _compile(compiler, runtime, path)
+        library = ctypes.CDLL(str(path))
     for name, types in TAKES.items():
         for kind in SAME:
             getattr(library, _name(kind, name)).argtypes = (*types, ctypes.c_int32)
@@ -279,18 +296,20 @@ def _library() -> ctypes.CDLL:
 
 def _openmp() -> str | None:
     """The OpenMP library that PyTorch brought into this process: threads of a second one would be in the way."""
-    found = re.findall(r"/\S*/lib[gi]omp[^/\s]*\.so\S*", Path("/proc/self/maps").read_text())
-    return found[0] if found else None
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    names = [fields[5] for fields in lines if len(fields) == 6]
+    found = [name for name in names if re.match(r"lib[gi]omp.*\.so", Path(name).name)]
+    own = Path(torch.__file__).parent.parent  # site-packages, where torch.libs may stand beside torch
+    return next(iter(sorted(found, key=lambda name: not name.startswith(f"{own}/torch"))), None)
 
 
-def _compile(compiler: str, runtime: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+def _compile(compiler: list[str], runtime: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder, atomic_path(path) as whole:
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(f"{name}/{source.stem}.o")
-            _call([compiler, *FLAGS, "-fopenmp", "-c", str(source), "-o", objects[-1]])
-        _call([compiler, "-shared", *objects, runtime, "-o", f"{name}/all.so"])
-        os.replace(f"{name}/all.so", path)
+            objects.append(f"{folder}/{source.stem}.o")
+            _call([*compiler, *FLAGS, "-fopenmp", "-c", str(source), "-o", objects[-1]])
+        _call([*compiler, "-shared", *objects, runtime, "-o", str(whole)])
 
 
 def _call(command: list[str]) -> None:
@@ -304,29 +323,76 @@ def _call(command: list[str]) -> None:
 
 
 def _differs() -> str | None:
-    """Attention of a small tree, forward and backward, against itself written out in double precision."""
+    """What of it does not compute what it should, on small examples in double precision."""
+    for kind, bound in SAME.items():
+        gaps = {**_gaps_between(kind), "attention": _gap_of_attention(kind)}
+        what = max(gaps, key=lambda one: gaps[one] if math.isfinite(gaps[one]) else math.inf)
+        if not gaps[what] <= bound:
+            return f"its {what} in {kind} is {gaps[what]:.1e} from what it should be"
+    return None
+
+
+def _gap(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).abs().max() / right.double().abs().max())
+
+
+def _gaps_between(kind: torch.dtype) -> dict[str, float]:
+    """Of each function's results, with rows that end beside a vector's end."""
+    noise = torch.Generator().manual_seed(1)
+    x, y, z = (torch.randn(5, 44, generator=noise).to(kind) for _ in range(3))
+    a, b, c = (one.double() for one in (x, y, z))
+    share, up = torch.sigmoid(a), z[0]
+    inverse = torch.rsqrt(a.square().mean(-1, keepdim=True) + 1e-3)
+    normed, rms = norm(x, up, 1e-3)
+    along = (b * up.double() * a).mean(-1, keepdim=True) * inverse**3
+    by_gate, by_up = gated_slopes(y, x, z)
+    halves, angles = x.view(1, 1, 5, 44), (y.view(1, 1, 5, 44), z.view(1, 1, 5, 44))
+    turned_half = torch.cat([-a[:, 22:], a[:, :22]], -1)
+    back = a * b + torch.cat([a[:, 22:] * c[:, 22:], -a[:, :22] * c[:, :22]], -1)
+    targets, weights, slopes_of = torch.arange(5), torch.linspace(0, 1, 5), x.clone()
+    losses = loss(slopes_of, targets, weights)
+    right = torch.logsumexp(a, -1)
+    one_hot = torch.nn.functional.one_hot(targets, 44)
+    return {
+        "activation": max(
+            _gap(gated(x, z), a * share * c), _gap(by_gate, b * c * share * (1 + a * (1 - share))),
+            _gap(by_up, b * a * share),
+        ),
+        "norm": max(
+            _gap(normed, a * inverse * up.double()), _gap(rms, inverse),
+            _gap(norm_slope(y, x, up, rms), b * up.double() * inverse - a * along),
+        ),
+        "rotation": max(
+            _gap(turned(halves, *angles, back=False)[0, 0], a * b + turned_half * c),
+            _gap(turned(halves, *angles, back=True)[0, 0], back),
+        ),
+        "loss": max(
+            _gap(losses, right - a.gather(1, targets[:, None])[:, 0]),
+            _gap(slopes_of, (torch.softmax(a, -1) - one_hot) * weights[:, None]),
+        ),
+    }  # fmt: skip
+
+
+def _gap_of_attention(kind: torch.dtype) -> float:
+    """Of a small tree, forward and backward."""
+    if not hasattr(_library(), _name(kind)):
+        return 0.0
     segments = (Segment(0, 70), Segment(70, 75, 0), Segment(75, 107, 0), Segment(107, 110))
     ends, noise = (107, 75, 107, 110), torch.Generator().manual_seed(0)
-    seen = torch.zeros(110, 110, dtype=torch.bool, device="cpu")
+    seen = torch.zeros(110, 110, dtype=torch.bool)
     for s, end in zip(segments, ends, strict=True):
         for at in range(s.start, s.end):
             seen[at:end, at] = True
-    for kind, bound in SAME.items():
-        if not hasattr(_library(), _name(kind)):
-            continue
-        q, grad = (torch.randn(1, 4, 110, 32, generator=noise, device="cpu").to(kind) for _ in range(2))
-        k, v = (torch.randn(1, 2, 110, 32, generator=noise, device="cpu").to(kind) for _ in range(2))
-        out, norm = attend(q, k, v, segments, 0.2)
-        found = [out.transpose(1, 2), *slopes(grad.transpose(1, 2), q, k, v, out, norm, segments, 0.2)]
-        queries, along, keys, values = q.double(), grad.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v))
-        weights = (queries @ keys.transpose(2, 3) * 0.2).masked_fill(~seen, -torch.inf).softmax(-1)
-        slope = along @ values.transpose(2, 3)
-        slope = weights * (slope - (slope * weights).sum(-1, keepdim=True)) * 0.2
-        of_keys, of_values = (
-            (a.transpose(2, 3) @ b).unflatten(1, (2, 2)).sum(2) for a, b in ((slope, queries), (weights, along))
-        )
-        right = [weights @ values, slope @ keys, of_keys, of_values]
-        gaps = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, right, strict=True)]
-        if not max(gaps) <= bound:
-            return f"its attention in {kind} is {max(gaps):.1e} from what it should be"
-    return None
+    q, grad = (torch.randn(1, 4, 110, 32, generator=noise).to(kind) for _ in range(2))
+    k, v = (torch.randn(1, 2, 110, 32, generator=noise).to(kind) for _ in range(2))
+    out, norm = attend(q, k, v, segments, 0.2)
+    found = [out.transpose(1, 2), *slopes(grad.transpose(1, 2), q, k, v, out, norm, segments, 0.2)]
+    queries, along, keys, values = q.double(), grad.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v))
+    weights = (queries @ keys.transpose(2, 3) * 0.2).masked_fill(~seen, -torch.inf).softmax(-1)
+    slope = along @ values.transpose(2, 3)
+    slope = weights * (slope - (slope * weights).sum(-1, keepdim=True)) * 0.2
+    of_keys, of_values = (
+        (a.transpose(2, 3) @ b).unflatten(1, (2, 2)).sum(2) for a, b in ((slope, queries), (weights, along))
+    )
+    right = [weights @ values, slope @ keys, of_keys, of_values]
+    return max(_gap(a, b) for a, b in zip(found, right, strict=True))

@@ -97,12 +97,13 @@ def faster_products(device: torch.device) -> Iterator[None]:
         yield
         return
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, setting.fp32_precision = setting.fp32_precision, "bf16"
-    a, b = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
-    exact = a.double() @ b.double()
-    if float((a @ b - exact).abs().max() / exact.abs().max()) > EXACT:
-        setting.fp32_precision = before
+    before = setting.fp32_precision
     try:
+        setting.fp32_precision = "bf16"
+        a, b = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
+        exact = a.double() @ b.double()
+        if not float((a @ b - exact).abs().max() / exact.abs().max()) <= EXACT:
+            setting.fp32_precision = before
         yield
     finally:
         setting.fp32_precision = before

@@ -81,7 +81,7 @@ def _train_model(
         kind = precision.kind
     kind = group.agree(kind, tuple(DTYPES))
     if device.type == "cpu":
-        _tell_native(directory, screen)
+        _tell_native(directory, screen, resume)
     method = methods.create(recipe.method)
 
     with group.main_first("data"):
@@ -202,21 +202,24 @@ def _packs(model: Any, backend: Backend, screen: Screen) -> bool:
 TOLD = 1  # seconds of compiling that are worth a line
 
 
-def _tell_native(directory: RunDir, screen: Screen) -> None:
-    """Says what the code of our own for a CPU cost, or why there is none, and when a run goes on without what it began
-    with, or with what it had not."""
+def _tell_native(directory: RunDir, screen: Screen, resume: bool) -> None:
+    """Says what compiling the code of our own for a CPU took, or why there is none; and that a run goes on with other
+    code than it began with."""
     from ..model import native
+    from ..model.precision import onednn_multiplies
 
-    start, began_with = time.perf_counter(), directory.read_status().get("native")
+    start = time.perf_counter()
     why = native.why_not()
     if (seconds := time.perf_counter() - start) > TOLD:
         screen.say(f"compiled attention, norms, activations and loss for this processor, once: {seconds:.0f} s")
     if why:
         screen.say(f"attention, norms, activations and loss by PyTorch's kernels, which take longer: {why}")
-    if began_with is not None and began_with != (why is None):
-        screen.say("this run began otherwise; from here on it is not bit for bit what an uninterrupted one would be")
-    if main_process():
-        directory.update_status(native=why is None)
+    now = {"native": why is None, "products": "oneDNN" if onednn_multiplies() else "PyTorch's choice"}
+    began_with = directory.read_status().get("computed_by") if resume and directory.has_training() else None
+    if began_with not in (None, now):
+        screen.say("this run began with other kernels; it is not bit for bit what an uninterrupted one would be")
+    if main_process() and began_with is None:
+        directory.update_status(computed_by=now)
 
 
 COMPILE_PAYS = 600  # seconds of a training; compiling took 7 to 24 on a CPU

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from fitout.model import native
+from fitout.model.precision import instructions
 
 
 def forget():
@@ -16,8 +17,8 @@ def forget():
 
 @pytest.fixture
 def compiler():
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
+    if not shutil.which("g++") or "avx2" not in instructions():
+        pytest.skip("needs g++ and a processor with AVX2")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ TREE = (
 LARGE = tuple(Segment(s.start * 12, s.end * 12, s.parent) for s in TREE)  # up to 396 tokens, 840 behind one of them
 ROOT_AFTER_ROOT = (Segment(0, 17), Segment(17, 19, 0), Segment(19, 30, 0), Segment(30, 70), Segment(70, 71, 3))
 LONG = (Segment(0, 650), Segment(650, 700))
+TOGETHER = (Segment(0, 60), Segment(60, 120, 0))  # neither of them as long as a window of 100
 
 
 @pytest.fixture(params=["native", "avx2", "kernel"])
@@ -58,7 +59,7 @@ def test_equals_a_dense_softmax(segments, groups, width, kind, size, computed_by
 
 
 @pytest.mark.parametrize("window", [7, 100])
-@pytest.mark.parametrize("segments", [TREE, LARGE, LONG], ids=["tree", "large", "long"])
+@pytest.mark.parametrize("segments", [TREE, LARGE, LONG, TOGETHER], ids=["tree", "large", "long", "together"])
 def test_a_window_over_a_tree(segments, window, computed_by):
     torch.manual_seed(0)
     q, k, v, slope = (torch.randn(1, 2, segments[-1].end, 8) for _ in range(4))
@@ -79,11 +80,14 @@ def test_values_of_another_width_and_tensors_in_any_order(computed_by):
     q, k = (torch.randn(1, 100, heads, 24).transpose(1, 2) for heads in (4, 2))
     v, slope = torch.randn(1, 2, 100, 40), torch.randn(1, 100, 4, 40)
     want = outcome(lambda *x: _dense(*x, TREE, None), q, k, v, slope)
-    odd = torch.randn(1, 4, 100, 25)[..., :24].copy_(q)
-    for query in (q, q.contiguous(), odd):
-        for kind, bound in ((torch.float32, 4e-6), (torch.bfloat16, 0.06)):
-            how = [x.to(kind) for x in (query, k, v)]
-            for a, b in zip(outcome(lambda *x: attend(*x, TREE), *how, slope.to(kind)), want, strict=True):
+    for kind, bound in ((torch.float32, 4e-6), (torch.bfloat16, 0.06)):
+        key, value, along = (x.to(kind) for x in (k, v, slope))
+        odd = torch.empty(1, 4, 100, 25, dtype=kind)[..., :24].copy_(q)
+        for query in (q.to(kind), q.to(kind).contiguous(), odd):
+            leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+            assert leaves[0].stride() == query.stride()
+            out = attend(*leaves, TREE)
+            for a, b in zip((out, *torch.autograd.grad(out, leaves, along)), want, strict=True):
                 torch.testing.assert_close(a.float(), b, rtol=0, atol=bound)
 
 
@@ -97,7 +101,7 @@ def test_bit_for_bit_whatever_stands_beside_it_and_however_many_threads(kind, co
     q, k, v = (torch.randn(1, heads, 840, 16).to(kind) for heads in (4, 2, 2))
     slope = torch.randn(1, 840, 4, 16).to(kind)
     beside = (Segment(0, 110), Segment(110, 640), Segment(640, 840))
-    together, alone = (outcome(lambda *x: attend(*x, beside), q, k, v, slope) for _ in range(2))
+    together = outcome(lambda *x: attend(*x, beside), q, k, v, slope)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -109,6 +113,27 @@ def test_bit_for_bit_whatever_stands_beside_it_and_however_many_threads(kind, co
     alone = outcome(lambda *x: attend(*x, (Segment(0, 530),)), *part, slope[:, 110:640])
     ends = [together[0][:, 110:640], *(x[:, :, 110:640] for x in together[1:])]
     assert all(torch.equal(a, b) for a, b in zip(ends, alone, strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_nothing_is_read_beyond_what_is_seen(kind, computed_by):
+    """An odd number of keys from an odd place on, behind them the end of the memory, which held no numbers before."""
+    ends, noise = (Segment(0, 33), Segment(33, 64, 0)), torch.Generator().manual_seed(0)
+    attend(*(torch.full((1, 2, 640, 16), float("nan"), dtype=kind) for _ in range(3)), (Segment(0, 640),))
+    q, k, v = (torch.randn(1, 2, 64, 16, generator=noise).to(kind) for _ in range(3))
+    assert all(x.isfinite().all() for x in outcome(lambda *x: attend(*x, ends), q, k, v, torch.ones(1, 64, 2, 16)))
+
+
+def test_shapes_that_do_not_fit_are_not_taken(compiler):
+    x, whole = torch.randn(1, 2, 10, 8), (Segment(0, 10),)
+    assert native.serves(x, x, x, whole)
+    assert not native.serves(x, x, x, (Segment(0, 4),)) and not native.serves(x, x, x, (Segment(0, 14),))
+    assert not native.serves(x, x[:, :, :6], x[:, :, :6], whole) and not native.serves(x, x, x[:, :1], whole)
+    assert not native.serves(x[:, :1], x, x, whole) and not native.serves(x, x[..., :4], x, whole)
+    assert not native.serves(x.expand(2, -1, -1, -1), x, x, whole) and not native.serves(x.half(), x, x, whole)
+    with torch._subclasses.FakeTensorMode() as fake:
+        imagined = fake.from_tensor(x)
+        assert not native.serves(imagined, imagined, imagined, whole) and not native.takes(imagined)
 
 
 def test_what_is_not_a_number_is_not_hidden(computed_by):

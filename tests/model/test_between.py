@@ -121,6 +121,16 @@ def test_what_native_code_does_not_take_is_computed_as_written():
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("target", [-1, 33])
+def test_a_target_beyond_the_logits_is_an_error(target):
+    logits, targets = numbers(2, 33, kind=torch.float32), torch.tensor([[3], [target]])
+    for form in (NATIVE, WRITTEN):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            form.losses(logits.clone(), targets)
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            form.loss_slopes(logits.clone(), targets, torch.ones(2), torch.float32)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_native_functions_hide_nothing_that_is_not_a_number(kind):
     for bad in (float("nan"), float("inf"), -float("inf")):

@@ -55,15 +55,46 @@ def test_a_compiler_that_fails_or_hangs(monkeypatch, tmp_path):
     assert not list((tmp_path / "home" / "native").iterdir())
 
 
-def test_a_damaged_library_is_not_used(monkeypatch, tmp_path):
+def test_a_damaged_library_is_not_used_and_compiled_anew(monkeypatch, tmp_path):
     writes = "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('nonsense')"
     monkeypatch.setenv("CXX", stand_in(tmp_path, writes))
     said = native.why_not()
     [path] = (tmp_path / "home" / "native").iterdir()
-    assert said.startswith(f"{path}: ") and attended().isfinite().all()
+    assert str(path) in said and attended().isfinite().all()
+    forget()
+    stand_in(tmp_path, "import os, sys; os.execvp('g++', ['g++', *sys.argv[1:]])")
+    assert native.why_not() is None
+    assert path.read_bytes()[:4] == b"\x7fELF"
 
 
-def test_what_computes_something_else_is_not_used(monkeypatch):
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FITOUT_HOME", str(tmp_path / "file"))
+    assert "Not a directory" in native.why_not()
+
+
+def test_a_compiler_with_options_and_one_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -O1")
+    assert native.why_not() is None
+    forget()
+    monkeypatch.setenv("CXX", "some-other-c++ -O1")
+    assert native.why_not() == "there is no C++ compiler (some-other-c++)"
+
+
+@pytest.mark.parametrize("what", ["gated", "gated_slopes", "norm", "norm_slope", "turned", "loss"])
+def test_a_function_that_computes_something_else_is_not_used(what, monkeypatch):
+    right = getattr(native, what)
+
+    def wrong(*given, **more):
+        found = right(*given, **more)
+        (found if isinstance(found, torch.Tensor) else found[-1]).view(-1)[3] *= 1.01
+        return found
+
+    monkeypatch.setattr(native, what, wrong)
+    assert "from what it should be" in native.why_not()
+
+
+def test_attention_that_is_something_else_is_not_used(monkeypatch):
     right = native.attend
 
     def wrong(*given):

@@ -31,3 +31,44 @@ def test_the_user_and_a_gpu_overrule(three_threads, monkeypatch):
     assert precision.use_threads(192, torch.device("cuda")) is None and torch.get_num_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert precision.use_threads(192, CPU) is None and torch.get_num_threads() == 3
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """A processor that MKL drives at half its speed, whatever this one is."""
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr(precision, "_maker", lambda: "AuthenticAMD")
+
+
+def test_onednn_multiplies_only_while_a_training_computes(amd):
+    assert not precision.onednn_multiplies()
+    with pytest.raises(ValueError, match="stop"), precision.faster_products(CPU):
+        assert precision.onednn_multiplies()
+        with precision.faster_products(CPU):
+            assert precision.onednn_multiplies()
+        assert precision.onednn_multiplies()
+        a, b = torch.randn(2, 300, 200), torch.randn(2, 200, 100)
+        exact = a.double() @ b.double()
+        assert float((a @ b - exact).abs().max() / exact.abs().max()) < 2e-6
+        raise ValueError("stop")
+    assert not precision.onednn_multiplies()
+
+
+def test_products_that_are_rounded_are_not_taken(amd, monkeypatch):
+    monkeypatch.setattr(precision, "EXACT", 1e-9)  # no product in fp32 is that near
+    with precision.faster_products(CPU):
+        assert not precision.onednn_multiplies()
+
+
+@pytest.mark.parametrize(
+    ("flags", "maker", "device"),
+    [
+        ({"avx512f"}, "GenuineIntel", "cpu"), ({"avx2"}, "AuthenticAMD", "cpu"),
+        ({"avx512f", "amx_bf16"}, "AuthenticAMD", "cpu"), ({"avx512f"}, "AuthenticAMD", "cuda"),
+    ],
+)  # fmt: skip
+def test_other_processors_keep_what_pytorch_chose(flags, maker, device, monkeypatch):
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset(flags))
+    monkeypatch.setattr(precision, "_maker", lambda: maker)
+    with precision.faster_products(torch.device(device)):
+        assert not precision.onednn_multiplies()

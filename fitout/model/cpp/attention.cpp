@@ -250,18 +250,19 @@ template <class T> Memory<T>& memory() {
   return mine;
 }
 
-// from (rows, width) as (width, *ld), zeros behind.
+// from (rows, width) as (width, *ld), zeros behind: one at least where units are pairs, which may end beyond the last row.
 template <class T> const T* turn(Memory<T>& m, const T* from, long ldf, long rows, long width, long* ld) {
   constexpr int STEP = Kind<T>::STEP;
-  long units = up((rows + STEP - 1) / STEP, LANES);
+  long units = up(rows / STEP + (STEP > 1), LANES);
   *ld = units * STEP;
   T* to = m.turned.of(width * *ld);
   if constexpr (STEP == 1) {
     transpose(to, *ld, from, ldf, rows, width);
   } else {
     auto pairs = m.pairs.of(LANES * width);
-    for (long r = 0; r < rows; r += LANES * STEP) {
-      beside(pairs, width, from + r * ldf, ldf, std::min<long>(rows - r, LANES * STEP), width, LANES * STEP);
+    for (long r = 0; r < *ld; r += LANES * STEP) {
+      long some = std::max(0L, std::min<long>(rows - r, LANES * STEP));
+      beside(pairs, width, from + r * ldf, ldf, some, width, LANES * STEP);
       transpose((Unit<T>*)to + r / STEP, units, pairs, width, LANES, width);
     }
   }

@@ -17,9 +17,9 @@ inline void set(bf16* to, vec x) {
   store(to, rounded(x));
 #else
   typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-  ints bits = (ints)x, nearest = bits + 0x7fff + ((bits >> 16) & 1);
-  ints upper = (x == x ? nearest : bits | 0x400000) >> 16;  // what is not a number stays so
-  store(to, __builtin_convertvector(upper & 0xffff, halves));
+  bits own = (bits)x, nearest = own + 0x7fff + ((own >> 16) & 1);
+  bits upper = (x == x ? nearest : own | 0x400000) >> 16;  // what is not a number stays so
+  store(to, __builtin_convertvector(upper, halves));
 #endif
 }
 template <class T> inline vec get(const T* from, long n) {
@@ -56,12 +56,18 @@ inline ints counting() {
 }
 
 // logits (rows, width): losses (rows), and with weights (rows) the gradient of their weighted sum in the logits' place.
+// Returns how many targets are none of the width's; of their rows nothing is computed.
 template <class T>
-void loss(T* logits, const int64_t* targets, const float* weights, float* losses, long rows, long width, int threads) {
+int loss(T* logits, const int64_t* targets, const float* weights, float* losses, long rows, long width, int threads) {
   const ints index = counting();
-#pragma omp parallel for schedule(static) num_threads(threads)
+  int outside = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : outside)
   for (long r = 0; r < rows; r++) {
     T* row = logits + r * width;
+    if (targets[r] < 0 || targets[r] >= width) {
+      outside++;
+      continue;
+    }
     vec highest = all(-INFINITY), total = {};
     for (long i = 0; i < width; i += LANES) {
       vec x = get(row + i, width - i);
@@ -84,6 +90,7 @@ void loss(T* logits, const int64_t* targets, const float* weights, float* losses
       set(row + i, slope, width - i);
     }
   }
+  return outside;
 }
 
 // silu(gate) * up
@@ -162,9 +169,9 @@ void turn(const T* x, long x_head, long x_token, const T* cos, const T* sin, T* 
 }  // namespace
 
 #define FOR(T, NAME)                                                                                                  \
-  void loss_##NAME(T* logits, const int64_t* targets, const float* weights, float* losses, int64_t rows,              \
-                   int64_t width, int32_t threads) {                                                                  \
-    loss(logits, targets, weights, losses, rows, width, threads);                                                     \
+  int32_t loss_##NAME(T* logits, const int64_t* targets, const float* weights, float* losses, int64_t rows,           \
+                      int64_t width, int32_t threads) {                                                               \
+    return loss(logits, targets, weights, losses, rows, width, threads);                                              \
   }                                                                                                                   \
   void gated_##NAME(const T* gate, const T* up, T* out, int64_t count, int32_t threads) {                             \
     gated(gate, up, out, count, threads);                                                                             \

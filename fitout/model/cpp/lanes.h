@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +19,7 @@ constexpr int LANES = 8;
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 
 struct bf16 { uint16_t bits; };
 
@@ -44,7 +46,7 @@ inline vec exp_(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  vec y = (vec)((ints)p + ((ints)shifted << 23));
+  vec y = (vec)((bits)p + ((bits)shifted << 23));
   return x < -87.0f ? vec{} : y;
 }
 
@@ -57,6 +59,10 @@ template <class T> struct Room {
     if (numbers > size) {
       free(at);
       at = (T*)aligned_alloc(64, up(numbers * sizeof(T), 64));
+      if (!at) {
+        fprintf(stderr, "fitout: no memory for %ld numbers of attention\n", numbers);
+        abort();
+      }
       size = numbers;
     }
     return at;
@@ -65,8 +71,8 @@ template <class T> struct Room {
 
 inline float wide(float x) { return x; }
 inline float wide(bf16 x) {
-  uint32_t bits = (uint32_t)x.bits << 16;
-  return load<float>(&bits);
+  uint32_t upper = (uint32_t)x.bits << 16;
+  return load<float>(&upper);
 }
 
 // n numbers of fp32 as others.
