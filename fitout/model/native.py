@@ -280,6 +280,9 @@ def _library() -> ctypes.CDLL:
     told = [compiler, FLAGS, runtime, sorted(instructions()), sources]
     path = home() / "native" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = path.parent.stat()
+    if folder.st_uid != os.getuid() or folder.st_mode & 0o022:
+        raise _Missing(f"others can write into {path.parent}")
     if not path.exists():
         _compile(compiler, runtime, path)
     try:

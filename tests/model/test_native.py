@@ -67,6 +67,12 @@ def test_a_damaged_library_is_not_used_and_compiled_anew(monkeypatch, tmp_path):
     assert path.read_bytes()[:4] == b"\x7fELF"
 
 
+def test_a_folder_that_others_can_write_is_not_loaded_from(tmp_path):
+    (tmp_path / "home" / "native").mkdir(parents=True)
+    (tmp_path / "home" / "native").chmod(0o777)
+    assert native.why_not() == f"others can write into {tmp_path / 'home' / 'native'}"
+
+
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FITOUT_HOME", str(tmp_path / "file"))

@@ -148,9 +148,9 @@ inline void put(bf16* rows, uint32_t* units, long j, int lane, vec a, vec b) {
 #endif
 
 template <class T> inline float inner(const T* a, const T* b, long n) {
-  float sum = 0;
-  for (long i = 0; i < n; i++) sum += wide(a[i]) * wide(b[i]);
-  return sum;
+  vec products = {};
+  for (long i = 0; i < n; i += LANES) products += get(a + i, n - i) * get(b + i, n - i);
+  return sum(products);
 }
 
 // What is asked for

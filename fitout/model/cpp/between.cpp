@@ -5,46 +5,12 @@
 
 namespace {
 
-// LANES numbers as fp32, and back; `n` of them where fewer are left.
-inline vec get(const float* from) { return load<vec>(from); }
-inline vec get(const bf16* from) {
-  typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-  return (vec)(__builtin_convertvector(load<halves>(from), ints) << 16);
-}
-inline void set(float* to, vec x) { store(to, x); }
-inline void set(bf16* to, vec x) {
-#if defined(__AVX512BF16__)
-  store(to, rounded(x));
-#else
-  typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-  bits own = (bits)x, nearest = own + 0x7fff + ((own >> 16) & 1);
-  bits upper = (x == x ? nearest : own | 0x400000) >> 16;  // what is not a number stays so
-  store(to, __builtin_convertvector(upper, halves));
-#endif
-}
-template <class T> inline vec get(const T* from, long n) {
-  if (n >= LANES) return get(from);
-  T some[LANES] = {};
-  memcpy(some, from, n * sizeof(T));
-  return get(some);
-}
-template <class T> inline void set(T* to, vec x, long n) {
-  if (n >= LANES) return set(to, x);
-  T some[LANES];
-  set(some, x);
-  memcpy(to, some, n * sizeof(T));
-}
 template <class T> inline vec as(vec x) {  // rounded to T
   T some[LANES];
   set(some, x);
   return get(some);
 }
 
-inline float sum(vec x) {
-  float all = 0;
-  for (int i = 0; i < LANES; i++) all += x[i];
-  return all;
-}
 inline vec sigmoid(vec x) {
   vec minus = -x;
   return 1.0f / (1.0f + exp_(minus > 88.0f ? all(88.0f) : minus));

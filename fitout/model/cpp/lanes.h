@@ -75,20 +75,50 @@ inline float wide(bf16 x) {
   return load<float>(&upper);
 }
 
-// n numbers of fp32 as others.
-inline void write(float* to, const float* from, long n) { memcpy(to, from, n * sizeof(float)); }
 #if defined(__AVX512BF16__)
 inline __m256i rounded(vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
-inline void write(bf16* to, const float* from, long n) {
-  long i = 0;
-  for (; i + LANES <= n; i += LANES) store(to + i, rounded(load<vec>(from + i)));
-  if (i < n) {
-    float rest[LANES] = {};
-    memcpy(rest, from + i, (n - i) * sizeof(float));
-    __m256i last = rounded(load<vec>(rest));
-    memcpy(to + i, &last, (n - i) * sizeof(bf16));
-  }
-}
 #endif
+
+// LANES numbers as fp32, and back; `n` of them where fewer are left.
+inline vec get(const float* from) { return load<vec>(from); }
+inline vec get(const bf16* from) {
+  typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+  return (vec)(__builtin_convertvector(load<halves>(from), ints) << 16);
+}
+inline void set(float* to, vec x) { store(to, x); }
+inline void set(bf16* to, vec x) {
+#if defined(__AVX512BF16__)
+  store(to, rounded(x));
+#else
+  typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+  bits own = (bits)x, nearest = own + 0x7fff + ((own >> 16) & 1);
+  bits upper = (x == x ? nearest : own | 0x400000) >> 16;  // what is not a number stays so
+  store(to, __builtin_convertvector(upper, halves));
+#endif
+}
+template <class T> inline vec get(const T* from, long n) {
+  if (n >= LANES) return get(from);
+  T some[LANES] = {};
+  memcpy(some, from, n * sizeof(T));
+  return get(some);
+}
+template <class T> inline void set(T* to, vec x, long n) {
+  if (n >= LANES) return set(to, x);
+  T some[LANES];
+  set(some, x);
+  memcpy(to, some, n * sizeof(T));
+}
+inline float sum(vec x) {
+  float all = 0;
+  for (int i = 0; i < LANES; i++) all += x[i];
+  return all;
+}
+
+// n numbers of fp32 as others.
+template <class T> inline void write(T* to, const float* from, long n) {
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) set(to + i, load<vec>(from + i));
+  if (i < n) set(to + i, get(from + i, n - i), n - i);
+}
 
 }  // namespace
