@@ -137,13 +137,19 @@ SIZES_KEPT = 50  # different micro-batch sizes whose kernels oneDNN keeps (1,024
 
 
 def kernel_bytes(setup: Setup, work: Work) -> float:
-    """On a CPU, oneDNN's products in bf16 compile kernels for each new size of a micro-batch, and all are kept. In fp32
-    there are none (measured)."""
-    if setup.device == "cuda" or not compiles_bf16():
+    """On a CPU, oneDNN's products compile kernels for each new size of a micro-batch, and all are kept: those in bf16,
+    and in fp32 where it multiplies them (benchmarks/planner_sizes.py)."""
+    from ..model.precision import has_amx, onednn_multiplies
+    from ..objectives.base import ROUND_TO
+
+    compiled = compiles_bf16() if setup.precision == "bf16" else onednn_multiplies()
+    if setup.device == "cuda" or not compiled:
         return 0.0
-    looked = [one.tokens for step in work.steps for one in step]
+    known = _memory_constants(setup)
+    each = known["size_mb_amx"] if setup.precision == "bf16" and has_amx() else known["size_mb"]
+    looked = [-(-one.tokens // ROUND_TO) for step in work.steps for one in step]
     sizes = min(SIZES_KEPT, round(len(set(looked)) * max(1.0, work.total_steps / len(work.steps))))
-    return MB * _memory_constants(setup)["size_mb"] * sizes
+    return MB * each * sizes
 
 
 def sharded(parameters: float, gradients: float, optimizer: float, stage: int, devices: int) -> tuple[float, ...]:
