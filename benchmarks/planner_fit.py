@@ -122,9 +122,12 @@ def _row(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    from fitout.plan.machine import processor, threads
+    import torch
+
+    from fitout.plan.machine import processor
 
     return {
-        "processor": processor(), "cores": os.cpu_count(), "threads": threads(), "python": platform.python_version(),
+        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
         "torch": version("torch"), "transformers": version("transformers"), "when": time.strftime("%Y-%m-%d %H:%M"),
     }  # fmt: skip

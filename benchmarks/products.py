@@ -2,8 +2,9 @@
 
     python -m benchmarks.products --out benchmarks/results/products.json
 
-GFLOP/s of x W^T, g W and g^T x for 1,088 tokens; in turn, medians over ROUNDS. `largest_error` is that of x W^T against
-double precision, over the largest number. `onednn` is whether a training asks oneDNN on this processor.
+GFLOP/s of x W^T, g W and g^T x for 1,088 tokens, and for one, as in generating; in turn, medians over ROUNDS.
+`largest_error` is that of x W^T against double precision, over the largest number. `onednn` is whether a training asks
+oneDNN on this processor.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fitout.model.precision import faster_products, onednn_multiplies
 
 from .against_trl import machine
 
-TOKENS, ROUNDS, WARMUP = 1088, 21, 4
+ROUNDS, WARMUP = 21, 4
 SIZES = ((512, 512), (512, 1376), (1376, 512), (576, 1536), (2048, 2048))  # from, to
 CPU = torch.device("cpu")
 
@@ -34,15 +35,15 @@ def main() -> None:
     asked = parser.parse_args()
     with faster_products(CPU):
         onednn = onednn_multiplies()
-    points = [_compare(*size) for size in SIZES]
+    points = [_compare(1088, *size) for size in SIZES] + [_compare(1, 512, 1376)]
     result = {"kind": "products", "quick": False, "machine": machine(), "onednn": onednn, "points": points}
     asked.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(points, indent=1))
 
 
-def _compare(inputs: int, outputs: int) -> dict[str, Any]:
+def _compare(tokens: int, inputs: int, outputs: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    x, w, g = torch.randn(TOKENS, inputs), torch.randn(outputs, inputs), torch.randn(TOKENS, outputs)
+    x, w, g = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
     low = [one.bfloat16() for one in (x, w, g)]
     exact = x.double() @ w.double().t()
     sides: dict[str, tuple[Any, list[torch.Tensor]]] = {
@@ -63,12 +64,12 @@ def _compare(inputs: int, outputs: int) -> dict[str, Any]:
                     seconds[side].setdefault(what, []).append(time.perf_counter() - start)
                     if what == "x W^T":
                         errors[side] = float((found.double() - exact).abs().max() / exact.abs().max())
-    flops = 2 * TOKENS * inputs * outputs
+    flops = 2 * tokens * inputs * outputs
     rates = {
         side: {what: round(flops / statistics.median(taken[WARMUP:]) / 1e9) for what, taken in each.items()}
         for side, each in seconds.items()
     }
-    return {"from": inputs, "to": outputs, "gflops": rates, "largest_error": errors}
+    return {"tokens": tokens, "from": inputs, "to": outputs, "gflops": rates, "largest_error": errors}
 
 
 if __name__ == "__main__":

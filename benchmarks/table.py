@@ -314,7 +314,8 @@ def _products(result: dict[str, Any]) -> str:
     for point in result["points"]:
         rates = [" / ".join(f"{rate}" for rate in each.values()) for each in point["gflops"].values()]
         errors = [f"{point['largest_error'][side]:.0e}" for side in ("pytorch, fp32", "fitout, fp32")]
-        rows.append(f"| {point['from']:,} to {point['to']:,} | {' | '.join(rates)} | {' / '.join(errors)} |")
+        what = f"{point['tokens']:,} x {point['from']:,} to {point['to']:,}"
+        rows.append(f"| {what} | {' | '.join(rates)} | {' / '.join(errors)} |")
     title = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
     title += " A training asks oneDNN here." if result["onednn"] else " A training asks what PyTorch asks here."
     head = "| x W^T / g W / g^T x in GFLOP/s | PyTorch, fp32 | a training, fp32 | bf16 | error PyTorch / training |"

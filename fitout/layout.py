@@ -7,6 +7,7 @@ and no label tensor: what is trained is a list of *targets*, each (position, tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +25,24 @@ class Segment:
     @property
     def length(self) -> int:
         return self.end - self.start
+
+
+def reaches(segments: Sequence[Segment]) -> list[int]:
+    """Tokens of each segment and of all that it continues."""
+    found: list[int] = []
+    for segment in segments:
+        found.append(segment.length + (found[segment.parent] if segment.parent >= 0 else 0))
+    return found
+
+
+def ends(segments: Sequence[Segment]) -> list[int]:
+    """Where the last of all that continues each segment ends."""
+    found = [segment.end for segment in segments]
+    for index in reversed(range(len(segments))):
+        parent = segments[index].parent
+        if parent >= 0:
+            found[parent] = max(found[parent], found[index])
+    return found
 
 
 @dataclass(frozen=True)
@@ -58,10 +77,7 @@ class Layout:
     @cached_property
     def pairs(self) -> int:
         """How often a token looks at a token, itself included, in one attention layer without a window."""
-        pairs = 0
-        reach: list[int] = []  # tokens of each segment and all its ancestors
-        for segment in self.segments:
-            above = reach[segment.parent] if segment.parent >= 0 else 0
-            reach.append(above + segment.length)
-            pairs += segment.length * above + segment.length * (segment.length + 1) // 2
-        return pairs
+        whole = 0
+        for segment, reach in zip(self.segments, reaches(self.segments), strict=True):
+            whole += segment.length * (reach - segment.length) + segment.length * (segment.length + 1) // 2
+        return whole

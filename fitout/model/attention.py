@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError
-from ..layout import Segment
+from ..layout import Segment, ends, reaches
 from . import native, varlen
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def packed_attention(
         with torch.autocast("cpu", enabled=False):  # scores stay fp32
             if native.serves(query, key, value, segments):
                 return _Native.apply(query, key, value, segments, scale, sliding_window), None
-            if sliding_window is None or _longest_path(segments) <= sliding_window:
+            if sliding_window is None or max(reaches(segments)) <= sliding_window:
                 return _Documents.apply(query, key, value, segments, scale), None
     if not dropout and varlen.serves(query, key, sliding_window):
         return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
@@ -218,22 +218,9 @@ def _wide(states: Tensor, heads: int) -> Tensor:
     return states[:, :, None].expand(batch, own, heads // own, length, width).reshape(batch, heads, length, width)
 
 
-def _longest_path(segments: Sequence[Segment]) -> int:
-    """Tokens of the longest document, from a root to a leaf."""
-    ends: list[int] = []
-    for segment in segments:
-        ends.append(segment.length + (ends[segment.parent] if segment.parent >= 0 else 0))
-    return max(ends)
-
-
 def _looked_back_at(segments: Sequence[Segment]) -> list[tuple[Segment, slice]]:
     """Each segment that others continue, and the tokens of all that do, which stand right behind it."""
-    behind = [0] * len(segments)
-    for index in reversed(range(len(segments))):
-        parent = segments[index].parent
-        if parent >= 0:
-            behind[parent] += segments[index].length + behind[index]
-    return [(s, slice(s.end, s.end + tokens)) for s, tokens in zip(segments, behind, strict=True) if tokens]
+    return [(s, slice(s.end, last)) for s, last in zip(segments, ends(segments), strict=True) if last > s.end]
 
 
 def _lineage(segments: Sequence[Segment], index: int) -> list[int]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..errors import FitoutError
 from ..files import atomic_path, home
-from ..layout import Segment
+from ..layout import Segment, ends, reaches
 from .precision import instructions
 
 SOURCES = Path(__file__).parent / "cpp"
@@ -142,14 +142,9 @@ def _segments(segments: Sequence[Segment]) -> Any:
     global _told
     known, told = _told
     if known is not segments:
-        told = (_Segment * len(segments))()
-        for i, s in enumerate(segments):
-            depth = 0 if s.parent < 0 else told[s.parent].depth + segments[s.parent].length
-            told[i] = _Segment(s.start, s.end, s.end, depth)
-        for i in reversed(range(len(segments))):
-            if segments[i].parent >= 0:
-                above = told[segments[i].parent]
-                above.last = max(above.last, told[i].last)
+        each = zip(segments, ends(segments), reaches(segments), strict=True)
+        rows = [_Segment(s.start, s.end, last, reach - s.length) for s, last, reach in each]
+        told = (_Segment * len(rows))(*rows)
         _told = (segments, told)
     return told
 

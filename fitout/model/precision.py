@@ -70,15 +70,12 @@ def has_amx() -> bool:
 @cache
 def instructions() -> frozenset[str]:
     """What the first core says that it has; nothing where the system does not tell."""
-    return frozenset((_told("flags") or _told("Features")).split())
+    return frozenset((processor_says("flags") or processor_says("Features")).split())
 
 
 @cache
-def _maker() -> str:
-    return _told("vendor_id")
-
-
-def _told(what: str) -> str:
+def processor_says(what: str) -> str:
+    """What the first core has under a name in /proc/cpuinfo; nothing where the system does not tell."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), "")
@@ -118,7 +115,8 @@ def onednn_multiplies() -> bool:
 def _mkl_is_slow() -> bool:
     there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     known = hasattr(torch.backends.mkldnn, "matmul")  # since PyTorch 2.9
-    return there and known and "avx512f" in instructions() and not has_amx() and _maker() == "AuthenticAMD"
+    wide = processor_says("vendor_id") == "AuthenticAMD" and "avx512f" in instructions()
+    return there and known and wide and not has_amx()
 
 
 def use_threads(width: int, device: torch.device) -> str | None:

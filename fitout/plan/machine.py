@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -243,12 +242,10 @@ def _fingerprint(kind: str) -> str:
     return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}{by}"
 
 
-@lru_cache
 def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    from ..model.precision import processor_says
+
+    return processor_says("model name") or platform.processor() or platform.machine()
 
 
 def _time_product(kind: str, inputs: int, outputs: int, rows: int, precision: str) -> float:

@@ -15,7 +15,7 @@ import torch
 from ..data.batches import Batches, layouts_of
 from ..data.store import Part
 from ..errors import CheckError, FitoutError, Stopped, changes
-from ..layout import Layout
+from ..layout import Layout, reaches
 from ..model.memory import give_back, is_out_of_memory, recompute_activations
 from ..model.methods.base import Method, copy_into, trainable
 from ..model.parts import DATA, part
@@ -301,7 +301,7 @@ class _Run:
     def _need_less_memory(self, layouts: list[Layout]) -> None:
         """Halves the micro-batch; when each is one sample, recomputes more activations; else gives up with advice."""
         largest = max(layout.tokens for layout in layouts)
-        longest = max(_longest_sample(layout) for layout in layouts)
+        longest = max(max(reaches(layout.segments)) for layout in layouts)
         smaller = max(longest, min(self.at.budget, largest) // 2)
         if smaller < min(self.at.budget, largest):
             self.at.budget = smaller
@@ -502,14 +502,6 @@ class _Run:
 
     def _tell(self, event: str, **facts: Any) -> None:
         self._log(event=event, step=self.at.step, **facts)
-
-
-def _longest_sample(layout: Layout) -> int:
-    """Tokens of the longest document of a layout: what no budget can divide."""
-    longest = [0] * len(layout.segments)
-    for at, segment in enumerate(layout.segments):
-        longest[at] = segment.length + (longest[segment.parent] if segment.parent >= 0 else 0)
-    return max(longest)
 
 
 def _first_budget(settings: TrainSettings, backend: Backend) -> int:

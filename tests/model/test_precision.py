@@ -37,7 +37,7 @@ def test_the_user_and_a_gpu_overrule(three_threads, monkeypatch):
 def amd(monkeypatch):
     """A processor that MKL drives at half its speed, whatever this one is."""
     monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx512f"}))
-    monkeypatch.setattr(precision, "_maker", lambda: "AuthenticAMD")
+    monkeypatch.setattr(precision, "processor_says", lambda _: "AuthenticAMD")
 
 
 def test_onednn_multiplies_only_while_a_training_computes(amd):
@@ -69,6 +69,6 @@ def test_products_that_are_rounded_are_not_taken(amd, monkeypatch):
 )  # fmt: skip
 def test_other_processors_keep_what_pytorch_chose(flags, maker, device, monkeypatch):
     monkeypatch.setattr(precision, "instructions", lambda: frozenset(flags))
-    monkeypatch.setattr(precision, "_maker", lambda: maker)
+    monkeypatch.setattr(precision, "processor_says", lambda _: maker)
     with precision.faster_products(torch.device(device)):
         assert not precision.onednn_multiplies()
