@@ -17,8 +17,9 @@ CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 
 
 def chunk_rows(vocab: int, device: str) -> int:
-    """Rows of logits that are formed at once on a kind of device."""
-    return max(64, CHUNK_BYTES[device] // (4 * vocab))
+    """Rows of logits that are formed at once on a kind of device: a multiple of 64, so that the last of them are few
+    different numbers of rows where rows are filled up."""
+    return max(64, CHUNK_BYTES[device] // (4 * vocab) // 64 * 64)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

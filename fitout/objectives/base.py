@@ -57,12 +57,16 @@ def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     that, it runs whole, at those positions.
     """
     device = getattr(model, "fitout_device", None) or next(model.parameters()).device  # off-loaded ones are elsewhere
+    round_to = _rounding(model, device)
     with part(DATA):
-        fed, (at, tokens, weights) = inputs(layout, device, round_to=_rounding(model, device))
+        fed, (at, tokens, weights) = inputs(layout, device, round_to=round_to)
     if kind_of_head(model) != WHOLE:
         hidden = model.get_decoder()(**fed).last_hidden_state.squeeze(0)
         with part(HEAD):
-            return head_cross_entropy(model, hidden.index_select(0, at), tokens, weights)
+            filling = -len(at) % round_to  # rows of the head, too, of weight zero
+            at, tokens, weights = (F.pad(x, (0, filling)) if filling else x for x in (at, tokens, weights))
+            total, losses = head_cross_entropy(model, hidden.index_select(0, at), tokens, weights)
+            return total, losses[: layout.supervised]
     logits = model(**fed, logits_to_keep=at).logits.squeeze(0).float()
     with part(HEAD):
         losses = F.cross_entropy(logits, tokens, reduction="none")
