@@ -1,7 +1,7 @@
 """What a layer keeps for the backward pass, read from the code that runs: `python -m benchmarks.planner_kept`.
 
-Tiny random Llamas go forward under saved-tensor hooks; the bytes of all distinct storages but the parameters' are a sum
-of widths times whole numbers, and differences between shapes give these. Written to fitout/plan/constants.json.
+Tiny random Llamas go forward; the bytes of all storages that are still there afterwards are a sum of widths times whole
+numbers, and differences between shapes give these. Written to fitout/plan/constants.json.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CONSTANTS = Path(__file__).parents[1] / "fitout" / "plan" / "constants.json"
 WIDTHS = ("hidden", "attention", "kv", "ffn", "heads", "one")
@@ -49,13 +51,13 @@ def _widths(sizes: dict[str, int]) -> list[int]:
 
 
 def _method(base: str, precision: str, sizes: dict[str, int]) -> int:
-    """What is not the block's: LoRA's x A^T, less the gated product that it forms again and another method keeps; in
-    bf16 the copies of its factors, and of the weights that autocast makes."""
+    """What is not the block's: LoRA's x A^T; in bf16 the copies of its factors, and of the weights that autocast
+    makes."""
     hidden, attention, kv, ffn, *_ = _widths(sizes)
     width = 4 if precision == "fp32" else 2
     if base == "frozen":
         factors = RANK * (7 * hidden + 2 * attention + 2 * kv + 3 * ffn)
-        return (7 * RANK - ffn) * TOKENS * width + (2 * factors if precision == "bf16" else 0)
+        return 7 * RANK * TOKENS * width + (2 * factors if precision == "bf16" else 0)
     return 2 * (2 * hidden * attention + 2 * hidden * kv + 3 * hidden * ffn) if precision == "bf16" else 0
 
 
@@ -86,18 +88,33 @@ def saved_bytes(base: str, precision: str, *, hidden: int, ffn: int, layers: int
         np.arange(TOKENS) % 31, np.tile(np.arange(half), 2), (Segment(0, half), Segment(half, TOKENS)),
         np.arange(TARGETS), np.arange(TARGETS), np.ones(TARGETS, np.float32), np.zeros(TARGETS, np.int64),
     )  # fmt: skip
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
-        return tensor
-
     autocast = torch.autocast("cpu", torch.bfloat16) if low and base == "trained" else contextlib.nullcontext()
-    with fused(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        token_losses(model, layout)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with fused(model), autocast, Made(model) as made:
+        losses = token_losses(model, layout)
+        alive = made.alive()
+    del losses
+    return alive
+
+
+class Made(TorchDispatchMode):
+    """Notes the memory of every tensor that an operation gives, but the model's own."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.own = {held.untyped_storage().data_ptr() for held in (*model.parameters(), *model.buffers())}
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.own:
+                storage = x.untyped_storage()
+                self.seen[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def alive(self) -> int:
+        """Bytes of what is still there."""
+        return sum(size for storage, size in self.seen.values() if not storage.expired())
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ class Between:
 
     gated: Callable[[Tensor, Tensor], Tensor]
     """silu(gate) * up"""
-    gated_again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
-    """The same in a backward, and what `gated_slopes` can use of it."""
-    gated_slopes: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    """(grad, gate, up, what `gated_again` kept): gradients of gate and up"""
+    gated_slopes: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(grad, gate, up): gradients of gate and up"""
     norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(x (..., D), weight (D), eps): weight * (x / rms), rounded before it is scaled; and 1 / rms (..., 1) fp32"""
     norm_slope: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -54,14 +52,8 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _gated_again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
-    swish = F.silu(gate)
-    return swish * up, swish
-
-
-def _gated_slopes(grad: Tensor, gate: Tensor, up: Tensor, swish: Tensor | None) -> tuple[Tensor, Tensor]:
-    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    return grad_gate, (F.silu(gate) if swish is None else swish).mul_(grad)
+def _gated_slopes(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -109,7 +101,7 @@ def _loss_slopes(logits: Tensor, targets: Tensor, weights: Tensor, kind: torch.d
     return losses, slope.scatter_add_(1, targets, -weights[:, None]).to(kind)
 
 
-WRITTEN = Between(_gated, _gated_again, _gated_slopes, _norm, _norm_slope, _turned, _turned_back, _losses, _loss_slopes)
+WRITTEN = Between(_gated, _gated_slopes, _norm, _norm_slope, _turned, _turned_back, _losses, _loss_slopes)
 
 
 # in code of our own; tensors that it does not take (mixed types, fp16) as written
@@ -119,14 +111,8 @@ def _native_gated(gate: Tensor, up: Tensor) -> Tensor:
     return native.gated(gate, up) if native.takes(gate, up) else _gated(gate, up)
 
 
-def _native_gated_again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
-    return (native.gated(gate, up), None) if native.takes(gate, up) else _gated_again(gate, up)
-
-
-def _native_gated_slopes(grad: Tensor, gate: Tensor, up: Tensor, swish: Tensor | None) -> tuple[Tensor, Tensor]:
-    if native.takes(grad, gate, up):
-        return native.gated_slopes(grad, gate, up)
-    return _gated_slopes(grad, gate, up, swish)
+def _native_gated_slopes(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return (native.gated_slopes if native.takes(grad, gate, up) else _gated_slopes)(grad, gate, up)
 
 
 def _native_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -164,7 +150,7 @@ def _native_loss_slopes(logits: Tensor, targets: Tensor, weights: Tensor, kind: 
 
 
 NATIVE = Between(
-    _native_gated, _native_gated_again, _native_gated_slopes, _native_norm, _native_norm_slope, _native_turned,
+    _native_gated, _native_gated_slopes, _native_norm, _native_norm_slope, _native_turned,
     _native_turned_back, _native_losses, _native_loss_slopes,
 )  # fmt: skip
 
@@ -221,11 +207,9 @@ def _plain_loss_slopes(logits: Tensor, targets: Tensor, weights: Tensor, kind: t
 def compiled() -> Between:
     """Each function compiled when it is first called with tensors of a width and a type: once, for any number of rows,
     and once for a single one."""
-    gated, slopes = _compiled(_plain_gated, -2), _compiled(_plain_gated_slopes, -2)
     return Between(
-        gated,
-        lambda gate, up: (gated(gate, up), None),
-        lambda grad, gate, up, _: slopes(grad, gate, up),
+        _compiled(_plain_gated, -2),
+        _compiled(_plain_gated_slopes, -2),
         _compiled(_plain_norm, 1),
         _compiled(_plain_norm_slope, 1),
         _compiled(_plain_turned, -2),

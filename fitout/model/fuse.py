@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from ..layout import Segment
 from . import between
 from .between import Between
+from .formed import Sparing
 from .fused import rms_norm, rotary, swiglu
 from .head import WHOLE, head_cross_entropy, kind_of_head
+from .methods.adapter import Bottleneck
 
 ROUNDING = 1e-5  # largest difference over largest value, fp32
 TRIED = (96, 161)  # tokens
@@ -56,6 +58,8 @@ def _replace(model: nn.Module, undo: list[Callable[[], None]]) -> None:
             _set(module, "forward", _Norm(module), undo)
         elif _is_gated(module) and equal(kind, _same_gated, module):
             _set(module, "forward", _Gated(module), undo)
+        elif isinstance(getattr(module, "base", module), nn.Linear | Bottleneck):  # an adapted one, too
+            _set(module, "forward", Sparing(module.forward), undo)
         original = getattr(home, ROTARY, None)
         if original and not isinstance(original, _Rotary) and equal(home, _same_rotary, original):
             _set(home, ROTARY, _Rotary(original), undo)
@@ -111,10 +115,7 @@ class _Gated:
         self.module = module
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up, down = self.module.gate_proj(x), self.module.up_proj(x), self.module.down_proj
-        if hasattr(down, "gated"):
-            return down.gated(gate, up)
-        return down(swiglu(gate, up))
+        return self.module.down_proj(swiglu(self.module.gate_proj(x), self.module.up_proj(x)))
 
 
 def _same_gated(module: Any) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import between
+from .formed import remember
 
 THIN = 16  # columns; of fewer a product in fp32 took 2 to 7 times as long on a CPU as with its factors turned round
 # Logits alive at once, in fp32. On a CPU 32 MB took 4 % more time in whole steps (2 cores); a GPU needs large products.
@@ -136,43 +137,6 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
         return _LoraLinear.apply(x, weight, bias, a, b, scale)
 
 
-class _GatedLoraLinear(torch.autograd.Function):
-    """`_LoraLinear` of x = silu(gate) * up: keeps gate, up and x A^T, and forms x again in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale):
-        flat = between.in_use.gated(gate, up).reshape(-1, gate.shape[-1])
-        ctx.kinds, a, b = (a.dtype, b.dtype), a.to(gate.dtype), b.to(gate.dtype)
-        low = flat @ a.t()
-        out = F.linear(flat, weight, bias).addmm_(low, b.t(), alpha=scale)
-        ctx.save_for_backward(gate, up, low, weight, a, b)
-        ctx.scale = scale
-        return out.view(*gate.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
-        gate, up, low, weight, a, b = ctx.saved_tensors
-        grad, (kind_a, kind_b) = grads[0].reshape(-1, grads[0].shape[-1]), ctx.kinds
-        grad_low = _scaled(grad, b, ctx.scale)
-        grad_b = _scaled(grad.t(), low, ctx.scale).to(kind_b)
-        product, kept = between.in_use.gated_again(gate, up)
-        grad_a = (grad_low.t() @ product.view(-1, gate.shape[-1])).to(kind_a)
-        del product
-        grad_x = (grad @ weight).addmm_(grad_low, a).view_as(gate)
-        return *between.in_use.gated_slopes(grad_x, gate, up, kept), None, None, grad_a, grad_b, None
-
-
-def gated_lora_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> Tensor:
-    """`lora_linear(silu(gate) * up, ...)`, gate and up (..., in), without keeping the product for the backward."""
-    dtype = _compute_dtype(gate)
-    gate, up, weight = gate.to(dtype), up.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(gate.device.type, enabled=False):
-        return _GatedLoraLinear.apply(gate, up, weight, bias, a, b, scale)
-
-
 class _Swiglu(torch.autograd.Function):
     """silu(gate) * up, keeping gate and up only."""
 
@@ -184,12 +148,13 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         gate, up = ctx.saved_tensors
-        return between.in_use.gated_slopes(grads[0], gate, up, None)
+        return between.in_use.gated_slopes(grads[0], gate, up)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer, arXiv 2002.05202), elementwise."""
-    return _Swiglu.apply(gate, up)
+    form, source, other = between.in_use, gate.detach(), up.detach()
+    return remember(_Swiglu.apply(gate, up), lambda: form.gated(source, other), source)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -216,7 +181,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The normalised row is rounded to x's dtype, then scaled.
     """
-    return _RmsNorm.apply(x, weight, eps)
+    form, source, scale = between.in_use, x.detach(), weight.detach()
+    return remember(_RmsNorm.apply(x, weight, eps), lambda: form.norm(source, scale, eps)[0], source)
 
 
 class _Rotate(torch.autograd.Function):

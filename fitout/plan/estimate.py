@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
-from ..model.methods.cost import OPTIMIZER_BYTES, Cost, inputs_width
+from ..model.methods.cost import OPTIMIZER_BYTES, Cost
 from ..model.shape import Shape
 from .machine import Speed, compiles_bf16
 from .work import MicroBatch, Work
@@ -183,9 +183,7 @@ def layer_bytes(shape: Shape, cost: Cost, setup: Setup) -> float:
         "heads": shape.heads, "one": 1,
     }  # fmt: skip
     every = sum(bytes_of[name] * width for name, width in widths.items())
-    kept = {*cost.reads, "output"}  # which attention keeps anyway
-    unread = inputs_width(shape, lambda name: name not in kept)
-    return every - setup.width * unread + setup.width * cost.kept + _more_norms(shape, setup)
+    return every + setup.width * cost.kept + _more_norms(shape, setup)
 
 
 def _more_norms(shape: Shape, setup: Setup) -> float:

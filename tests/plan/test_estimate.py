@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.planner_kept import Made
 from fitout.layout import Layout, Segment
 from fitout.model import methods
 from fitout.model.load import load_base
@@ -36,7 +37,7 @@ LLAMA_13B = shape_of(
 
 
 def saved_bytes(settings, precision: str, layers: int, tokens: int) -> int:
-    """What autograd keeps between forward and backward, by hooks on every saved tensor; parameters left out."""
+    """What is there between forward and backward, in all storages; parameters left out."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fitout.model.attention import NAME, register
@@ -58,19 +59,13 @@ def saved_bytes(settings, precision: str, layers: int, tokens: int) -> int:
         np.arange(tokens) % 53, np.r_[np.arange(20), np.arange(tokens - 20)], (first, Segment(20, tokens)),
         np.arange(3), np.arange(3), np.ones(3, np.float32), np.zeros(3, np.int64),
     )  # fmt: skip
-    held = [*model.parameters(), *model.buffers()]
-    own, kept = {tensor.untyped_storage().data_ptr() for tensor in held}, {}
-
-    def note(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     casting = not frozen and precision == "bf16"
     autocast = torch.autocast("cpu", torch.bfloat16) if casting else contextlib.nullcontext()
-    with fused(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        token_losses(model, layout)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with fused(model), autocast, Made(model) as made:
+        losses = token_losses(model, layout)
+        alive = made.alive()
+    del losses
+    return alive
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,7 +7,7 @@ turns a Cost into bytes and seconds; it knows no method by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -31,9 +31,9 @@ class Cost:
     fp32; `quantised` of the base's take `quantised_bytes` each, all others the width of the compute dtype when the base
     is frozen, four bytes when it is not. `extra_bytes` is anything else kept all the time (indices).
 
-    For the backward pass, a token and layer: `reads` names the inputs of linear layers that are kept (see Linear),
-    `kept` counts further numbers in the compute dtype. Both hold in the `layers` topmost layers, those that the
-    backward pass goes through.
+    For the backward pass, a token and layer: `kept` counts numbers in the compute dtype beyond what any method keeps.
+    It holds in the `layers` topmost layers, those that the backward pass goes through. Inputs of linear layers are not
+    among them: attention keeps its output anyway, and the others are formed again (model/formed.py).
 
     Arithmetic: `weight_gradients` numbers of the linear matrices get a gradient of their own; `thin_flops` a token in
     the method's own narrow products, forward and backward, over all layers; `calls` narrow products a layer, forward
@@ -50,7 +50,6 @@ class Cost:
     quantised: int = 0
     quantised_bytes: float = 0.0
     extra_bytes: int = 0
-    reads: frozenset[str] = frozenset()
     kept: int = 0
     weight_gradients: int = 0
     trains_head: bool = False
@@ -81,17 +80,15 @@ def full(shape: Shape, *, freeze: Sequence[str] = (), last_layers: int | None = 
     embedding = "model.embed_tokens.weight" in names
     lowest = 0 if embedding and last_layers is None else min(trained_layers, default=shape.layers)
     linear = {f"{linear.path}.weight": linear for linear in shape.linears}
-    gradients, reads = 0, set()
+    gradients = 0
     for name in names:
         path = name.partition("model.layers.")[2].partition(".")[2]
         if path in linear:
             gradients += linear[path].weights
-            reads.add(linear[path].reads)
     return Cost(
         trained=sum(names.values()),
         layers=shape.layers - lowest,
         frozen_base=False,
-        reads=frozenset(reads),
         weight_gradients=gradients,
         trains_head="lm_head.weight" in names or (shape.tied and embedding),
         embedding=embedding and last_layers is None,
@@ -108,8 +105,7 @@ def lora(
     decomposed: bool = False,
 ) -> Cost:
     """A and B of rank r beside each targeted matrix (Hu et al., arXiv 2106.09685): r (in + out) numbers, 6 FLOPs each a
-    token; x A^T is kept. The input of the layer after a gated product is not: it is formed again (model/fuse.py).
-    `decomposed`: what A and B began as (PiSSA, OLoRA) is kept beside them and computed with."""
+    token; x A^T is kept. `decomposed`: what A and B began as (PiSSA, OLoRA) is kept beside them and computed with."""
     chosen = [(linear, _rank_of(linear.path, rank_pattern or {}, rank)) for linear in targeted(shape, targets)]
     numbers = sum(r * (linear.inputs + linear.outputs) for linear, r in chosen)
     head = _rank_of("lm_head", rank_pattern or {}, rank) if _head_adapted(targets) else 0
@@ -123,7 +119,6 @@ def lora(
         layers=shape.layers,
         added=added,
         extra_bytes=4 * added * (times - 1),
-        reads=frozenset(linear.reads for linear, _ in chosen) - {"down"},
         kept=times * sum(r for _, r in chosen),
         trains_head=ends[1] or (shape.tied and ends[0]),
         embedding=ends[0] or (shape.tied and ends[1]),
@@ -155,7 +150,6 @@ def dora(shape: Shape, *, rank: int, targets: Targets = "all-linear", **more) ->
         base,
         trained=base.trained + shape.layers * outputs + head,
         added=base.added + shape.layers * outputs + head,
-        reads=frozenset(linear.reads for linear in chosen),
         kept=base.kept + sum(linear.outputs for linear in chosen if linear.name not in KEPT_ANYWAY),
         calls=base.calls + 3 * len(chosen),
         call_flops=2 * rank * shape.layers * weights,
@@ -179,7 +173,6 @@ def qlora(
     return replace(
         base,
         quantised=shape.linear_weights,
-        reads=frozenset(linear.reads for linear in targeted(shape, targets)),
         quantised_bytes=four_bit_bytes(double_quant),
         call_numbers=base.call_numbers + 2 * shape.linear_weights,
         transient=max(linear.weights for linear in shape.linears),
@@ -199,13 +192,11 @@ def adapter(shape: Shape, *, style: str = "pfeiffer", reduction: float = 16, act
     places = 2 if style == "houlsby" else 1
     narrow = max(1, round(shape.hidden / reduction))
     numbers = places * (2 * shape.hidden * narrow + narrow + shape.hidden)
-    reads = frozenset({"ffn"}) if style == "parallel" else frozenset()  # beside: the input is the feed-forward's own
-    own_inputs = 0 if style == "parallel" else places * shape.hidden
+    own_inputs = 0 if style == "parallel" else places * shape.hidden  # beside: the input is the feed-forward's own
     return Cost(
         trained=shape.layers * numbers,
         layers=shape.layers,
         added=shape.layers * numbers,
-        reads=reads,
         kept=own_inputs + (1 if activation == "relu" else 2) * places * narrow,  # relu keeps its result alone
         thin_flops=6 * shape.layers * places * 2 * shape.hidden * narrow,
         calls=6 * places,
@@ -223,7 +214,6 @@ def sparse(shape: Shape, *, density: float, targets: Targets = "all-linear", ind
         layers=shape.layers,
         added=entries,
         extra_bytes=index_bytes * entries,
-        reads=frozenset(linear.reads for linear in chosen),
         weight_gradients=weights,
         call_numbers=2 * weights,
         transient=2 * max((linear.weights for linear in chosen), default=0),
@@ -256,9 +246,3 @@ def _named(name: str, modules: Sequence[str]) -> bool:
 def _layer(name: str) -> int | None:
     after = name.partition("model.layers.")[2]
     return int(after.partition(".")[0]) if after else None
-
-
-def inputs_width(shape: Shape, reads: Callable[[str], bool]) -> int:
-    """Numbers a token and layer in the inputs of linear layers for which `reads` holds."""
-    widths = {linear.reads: linear.inputs for linear in shape.linears}
-    return sum(width for name, width in widths.items() if reads(name))

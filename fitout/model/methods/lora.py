@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError, RequestError
 from ...files import read_json, write_json
-from ..fused import gated_lora_linear, lora_linear, swiglu
+from ..fused import lora_linear
 from ..load import embeddings, untie, write_tensors
 from . import LoraSettings, LowRankSettings, saved_shapes
 from .base import Method, chosen_by_name, fill, freeze_base
@@ -100,12 +100,6 @@ class LoraLinear(nn.Module):
         """With what dropout left of the input on the low-rank path."""
         low = F.linear(kept, a.to(x.dtype))
         return self.base(x) + self.scale * F.linear(low, b.to(x.dtype))
-
-    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The layer of silu(gate) * up, which is not kept for the backward."""
-        if type(self) is not LoraLinear or (self.training and self.dropout > 0):
-            return self(swiglu(gate, up))
-        return gated_lora_linear(gate, up, self.base.weight, self.base.bias, *self.factors(), self.scale)
 
     # beginnings
 
