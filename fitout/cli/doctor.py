@@ -29,7 +29,7 @@ def examine(model: str | None) -> dict[str, str]:
     """Facts by name, ready to print."""
     import torch
 
-    from ..model import native
+    from ..model import blocks, native
     from ..model.precision import best_device, decide, faster_products, onednn_multiplies
 
     device = best_device()
@@ -45,6 +45,8 @@ def examine(model: str | None) -> dict[str, str]:
         facts["products in fp32"] = by
         why = native.why_not()
         facts["attention"] = f"by PyTorch's kernels, which take longer: {why}" if why else "compiled for this processor"
+        heap = blocks.why_not()
+        facts["memory of tensors"] = f"the C library's heap, which has holes: {heap}" if heap else "blocks, used again"
     facts["free disk here"] = f"{shutil.disk_usage('.').free / 1e9:.0f} GB"
     for package, use in OPTIONAL.items():
         facts[package] = _installed(package) or f"not installed; {use}"

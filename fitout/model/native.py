@@ -10,15 +10,9 @@ Before it is used it must agree with PyTorch on small examples. Where there is n
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
 import platform
 import re
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -28,13 +22,11 @@ import torch
 from torch import Tensor
 
 from ..errors import FitoutError
-from ..files import atomic_path, home
 from ..layout import Segment, ends, reaches
+from .library import Missing, load
 from .precision import instructions
 
-SOURCES = Path(__file__).parent / "cpp"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-strict-aliasing", "-fPIC", "-w")
-PATIENCE = 300  # seconds to compile; it takes three
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-w")
 SAME = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest number, in the small example
 
 
@@ -253,39 +245,19 @@ def why_not() -> str | None:
         _library()
         with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
             return _differs()
-    except (_Missing, FitoutError, OSError, RuntimeError) as error:
+    except (Missing, FitoutError, OSError, RuntimeError) as error:
         return str(error)
-
-
-class _Missing(Exception):
-    pass
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Compiles what is not there yet, or damaged. Raises _Missing."""
+    """Raises Missing."""
     if platform.system() != "Linux" or not {"avx2", "fma"} <= instructions():
-        raise _Missing("it is written for Linux on processors with AVX2")
-    compiler, runtime = shlex.split(os.environ.get("CXX") or "g++"), _openmp()
-    if shutil.which(compiler[0]) is None:
-        raise _Missing(f"there is no C++ compiler ({compiler[0]})")
+        raise Missing("it is written for Linux on processors with AVX2")
+    runtime = _openmp()
     if runtime is None:
-        raise _Missing("this PyTorch computes without OpenMP")
-    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
-    told = [compiler, FLAGS, runtime, sorted(instructions()), sources]
-    path = home() / "native" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder = path.parent.stat()
-    if folder.st_uid != os.getuid() or folder.st_mode & 0o022:
-        raise _Missing(f"others can write into {path.parent}")
-    if not path.exists():
-        _compile(compiler, runtime, path)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:  # whatever stands there under this name
-        path.unlink()
-        _compile(compiler, runtime, path)
-        library = ctypes.CDLL(str(path))
+        raise Missing("this PyTorch computes without OpenMP")
+    library = load(["attention.cpp", "between.cpp"], FLAGS, [runtime], sorted(instructions()))
     for name, types in TAKES.items():
         for kind in SAME:
             getattr(library, _name(kind, name)).argtypes = (*types, ctypes.c_int32)
@@ -299,25 +271,6 @@ def _openmp() -> str | None:
     found = [name for name in names if re.match(r"lib[gi]omp.*\.so", Path(name).name)]
     own = Path(torch.__file__).parent.parent  # site-packages, where torch.libs may stand beside torch
     return next(iter(sorted(found, key=lambda name: not name.startswith(f"{own}/torch"))), None)
-
-
-def _compile(compiler: list[str], runtime: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder, atomic_path(path) as whole:
-        objects = []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(f"{folder}/{source.stem}.o")
-            _call([*compiler, *FLAGS, "-fopenmp", "-c", str(source), "-o", objects[-1]])
-        _call([*compiler, "-shared", *objects, runtime, "-o", str(whole)])
-
-
-def _call(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise _Missing(f"{command[0]} took more than {PATIENCE} seconds") from error
-    if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-        raise _Missing(f"{command[0]} could not compile it: {said}")
 
 
 def _differs() -> str | None:

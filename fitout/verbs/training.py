@@ -49,7 +49,7 @@ def _train_model(
 ) -> None:
     import torch
 
-    from ..model import methods
+    from ..model import blocks, methods
     from ..model.fuse import fused
     from ..model.load import DTYPES, grow_vocabulary, hidden_width, load_base, load_config, resolve
     from ..model.methods.base import count, raise_to_fp32, trainable
@@ -161,6 +161,7 @@ def _train_model(
         listeners.append(Pace(screen.say))
     started, resumed = time.time(), resume and any(directory.checkpoints.glob("step-*"))
     with (
+        blocks.reused(device),
         fused(model),
         _compiled(recipe, directory, model, backend, forecast, screen, resumed),
         backend.watched(directory.stacks, recipe.train.hang_after),
@@ -205,15 +206,17 @@ TOLD = 1  # seconds of compiling that are worth a line
 def _tell_native(directory: RunDir, screen: Screen, resume: bool) -> None:
     """Says what compiling the code of our own for a CPU took, or why there is none; and that a run goes on with other
     code than it began with."""
-    from ..model import native
+    from ..model import blocks, native
     from ..model.precision import onednn_multiplies
 
     start = time.perf_counter()
-    why = native.why_not()
+    why, heap = native.why_not(), blocks.why_not()
     if (seconds := time.perf_counter() - start) > TOLD:
         screen.say(f"compiled attention, norms, activations and loss for this processor, once: {seconds:.0f} s")
     if why:
         screen.say(f"attention, norms, activations and loss by PyTorch's kernels, which take longer: {why}")
+    if heap and heap != why:
+        screen.say(f"memory of tensors from the C library's heap, which has holes: {heap}")
     now = {"native": why is None, "products": "oneDNN" if onednn_multiplies() else "PyTorch's choice"}
     began_with = directory.read_status().get("computed_by") if resume and directory.has_training() else None
     if began_with not in (None, now):

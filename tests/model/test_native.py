@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fitout.layout import Segment
-from fitout.model import native
+from fitout.model import library, native
 from fitout.model.attention import packed_attention
 from tests.model.conftest import forget
 
@@ -49,7 +49,7 @@ def test_a_compiler_that_fails_or_hangs(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", stand_in(tmp_path, says))
     assert "could not compile it: lanes.h: error: it is too new for me" in native.why_not()
     forget()
-    monkeypatch.setattr(native, "PATIENCE", 0.5)
+    monkeypatch.setattr(library, "PATIENCE", 0.5)
     monkeypatch.setenv("CXX", stand_in(tmp_path, "import time; time.sleep(60)"))
     assert "took more than 0.5 seconds" in native.why_not()
     assert not list((tmp_path / "home" / "native").iterdir())
