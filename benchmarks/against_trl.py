@@ -195,10 +195,14 @@ def child(module: str, *arguments: object, python: str | None = None) -> None:
 
 
 def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    told = [line.partition(":") for line in _lines("/proc/cpuinfo")]
+    first = {name.strip(): said.strip() for name, _, said in reversed(told)}  # the name alone is every generation's
+    name = first.get("model name", platform.machine())
+    if "cpu family" in first:
+        name += f", family {first['cpu family']} model {first['model']}"
     packages = ("torch", "transformers", "peft", "trl", "accelerate")
     return {
-        "processor": names[0] if names else platform.machine(),
+        "processor": name,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **({"gpu": _gpu()} if _gpu() else {}),
