@@ -35,6 +35,12 @@ def reused(device: torch.device) -> Iterator[None]:
             _library().blocks_off()
 
 
+def let_go() -> None:
+    """Returns what no tensor has to the system."""
+    if why_not() is None:
+        _library().blocks_let_go()
+
+
 def held() -> tuple[int, int, int]:
     """Bytes of all blocks, of those that tensors have, and of those that tensors had at once at most."""
     found = (ctypes.c_int64 * 3)()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import blocks
+
 # What a RuntimeError says when memory ran out. Errors of these kinds leave the process as it was before the call.
 SIGNS = (
     "can't allocate memory",  # torch's allocator on a CPU
@@ -35,6 +37,8 @@ def give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        blocks.let_go()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -118,7 +118,7 @@ def framework_bytes(cost: Cost, setup: Setup) -> float:
 def _terms(
     setup: Setup, framework: float, weights: float, gradients: float, optimizer: float, activations: float, loss: float
 ) -> dict[str, float]:
-    spread = CUDA_SPREAD if setup.device == "cuda" else _memory_constants(setup)["spread"]
+    spread = CUDA_SPREAD if setup.device == "cuda" else _memory_constants(setup)[_allocator()]
     return {
         "framework": framework,
         "weights": weights,
@@ -127,6 +127,13 @@ def _terms(
         "activations": spread * activations,
         "loss": spread * loss,
     }
+
+
+def _allocator() -> str:
+    """The constant of how much more than tensors hold is resident on a CPU: in blocks, or in a heap with its holes."""
+    from ..model import blocks
+
+    return "spread" if blocks.why_not() is None else "heap_spread"
 
 
 def _memory_constants(setup: Setup) -> dict[str, float]:

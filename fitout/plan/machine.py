@@ -116,7 +116,8 @@ def here() -> Machine:
         return Machine(
             torch.cuda.get_device_name(device), "cuda", free, Probe("cuda"), measured=True, bf16=low, link=PCIE
         )
-    name = f"this CPU ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    name = f"this CPU ({threads} thread{'s' if threads > 1 else ''})"
     return Machine(name, "cpu", free_memory(), Probe("cpu"), True, link=LOOPBACK, resident=resident())
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fitout.model import blocks
-from fitout.model.memory import is_out_of_memory
+from fitout.model.memory import give_back, is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -96,6 +96,10 @@ def test_what_no_machine_has_is_pytorchs_error():
         with pytest.raises(RuntimeError) as caught:
             torch.empty(1 << 58)
         assert is_out_of_memory(caught.value) and int(kept.sum()) == 500_000
+        torch.ones(900_000)
+        assert blocks.held()[0] > blocks.held()[1]
+        give_back(CPU)  # as a training does then
+        assert blocks.held()[0] == blocks.held()[1] > 0
         del kept, caught
 
 

@@ -22,9 +22,10 @@ constexpr double wider = 1.5;                      // how much larger than asked
 constexpr uint8_t priority = 1;
 
 std::mutex guard;
-std::unordered_map<void*, size_t> blocks;  // all, by address
-std::multimap<size_t, void*> idle;         // those of them that no tensor has, by size
-size_t held = 0, used = 0, most = 0;       // bytes of all, of those in use, and of those once in use together
+// Never destroyed: PyTorch has tensors that go after this library has.
+auto& blocks = *new std::unordered_map<void*, size_t>;  // all, by address
+auto& idle = *new std::multimap<size_t, void*>;         // those of them that no tensor has, by size
+size_t held = 0, used = 0, most = 0;                    // bytes of all, of those in use, of those once in use together
 c10::Allocator* before = nullptr;
 bool on = false;
 
@@ -35,10 +36,14 @@ void drop(std::multimap<size_t, void*>::iterator one) {
   idle.erase(one);
 }
 
+void drop_all() {
+  while (!idle.empty()) drop(idle.begin());
+}
+
 void* map(size_t size) {
   void* place = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (place == MAP_FAILED && !idle.empty()) {
-    while (!idle.empty()) drop(idle.begin());
+    drop_all();
     place = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   }
   return place == MAP_FAILED ? nullptr : place;
@@ -122,7 +127,12 @@ extern "C" void blocks_off() {
   std::lock_guard<std::mutex> lock(guard);
   on = false;
   c10::SetCPUAllocator(before, priority);
-  while (!idle.empty()) drop(idle.begin());
+  drop_all();
+}
+
+extern "C" void blocks_let_go() {
+  std::lock_guard<std::mutex> lock(guard);
+  drop_all();
 }
 
 extern "C" void blocks_bytes(int64_t* held_used_most) {

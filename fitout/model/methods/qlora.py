@@ -6,6 +6,7 @@ and never kept. The quantisation is written beside the adapter, so that what loa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,6 +87,8 @@ class Qlora(Lora):
             )
         from transformers import BitsAndBytesConfig
 
+        # It warns that a kernel cannot be downloaded which is turned off anyway (model/load.py).
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         return {
             "quantization_config": BitsAndBytesConfig(
                 load_in_4bit=True,
