@@ -43,9 +43,10 @@ def grown(precision: str) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fitout.data.pack import lay_out
-    from fitout.model import between, methods
+    from fitout.model import between, blocks, methods
     from fitout.model.attention import NAME, register
     from fitout.model.fuse import fused
+    from fitout.model.memory import give_back
     from fitout.model.precision import faster_products, onednn_multiplies
     from fitout.objectives.base import token_losses
 
@@ -68,14 +69,16 @@ def grown(precision: str) -> float:
 
     sizes = list(range(SMALLEST, LARGEST, STEP))
     random.Random(0).shuffle(sizes)
-    with faster_products(device), fused(model), between.using(between.best(device)):
+    with blocks.reused(device), faster_products(device), fused(model), between.using(between.best(device)):
         if not (low or onednn_multiplies()):
             return 0.0
         for _ in range(3):
             compute(LARGEST)
+        give_back(device)  # else what is kept stands in memory that was free before
         before = resident()
         for tokens in sizes:
             compute(tokens)
+        give_back(device)
         return round((resident() - before) / len(sizes) / 2**20, 2)
 
 

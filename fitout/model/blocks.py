@@ -20,7 +20,7 @@ from ..errors import FitoutError
 from . import library
 
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-w")
-LARGE = 1 << 20  # bytes, from where a tensor has a block
+LARGE = 1 << 17  # bytes, from where a tensor has a block
 
 
 @contextmanager

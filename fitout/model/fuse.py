@@ -205,7 +205,7 @@ def _side_by_side(own: Between, other: Between, seen: list[tuple[str, float, flo
             bound = max(SAME[x.dtype] for x in given if isinstance(x, Tensor) and x.is_floating_point())
             theirs = getattr(other, name)(*(x.clone() if isinstance(x, Tensor) else x for x in given))
             result = getattr(own, name)(*given)
-            for a, b in zip(_tensors(theirs), _tensors(result), strict=False):  # what only one of them keeps is last
+            for a, b in zip(_tensors(theirs), _tensors(result), strict=True):
                 gap = (a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30)
                 seen.append((name, float(gap), bound))
             return result
@@ -215,8 +215,8 @@ def _side_by_side(own: Between, other: Between, seen: list[tuple[str, float, flo
     return Between(**{field.name: both(field.name) for field in fields(Between)})
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    return [x for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _forward_and_back(model: Any, tokens: int) -> None:

@@ -82,10 +82,10 @@ def test_what_the_kernel_does_not_compute_goes_piece_by_piece(seen, name):
 
 
 def test_what_each_micro_batch_costs(seen):
-    """Two copies go over, and a layer of LoRA takes 190 launches."""
+    """Two copies go over, and a layer of LoRA takes 207 launches, 16 of them to form again what it does not keep."""
     few, many = seen["two"], seen["four"]
     assert (many["sent"] - few["sent"]) <= 2 * 2
-    assert (many["kernels"] - few["kernels"]) / 2 / few["layers"] <= 190
+    assert (many["kernels"] - few["kernels"]) / 2 / few["layers"] <= 207
 
 
 def test_a_tensor_left_on_the_host_is_found(seen):

@@ -68,11 +68,8 @@ def test_each_function_against_autograd_in_double_precision(form, kind, plain, r
     value, slope_gate = slope_of(gated, gate, grad, up)
     _, slope_up = slope_of(lambda up, gate: gated(gate, up), up, grad, gate)
     assert_near(form.gated(gate.clone(), up), value, kind)
-    product, kept = form.gated_again(gate, up)
-    assert_near(product, value, kind)
-    for again in (kept, None):
-        for got, want in zip(form.gated_slopes(grad, gate, up, again), (slope_gate, slope_up), strict=True):
-            assert_near(got, want, kind)
+    for got, want in zip(form.gated_slopes(grad, gate, up), (slope_gate, slope_up), strict=True):
+        assert_near(got, want, kind)
 
     x, weight = numbers(3, 5, 44, kind=kind), numbers(44, kind=kind, seed=1)
     grad = numbers(3, 5, 44, kind=kind, seed=2)
@@ -138,7 +135,7 @@ def test_native_functions_hide_nothing_that_is_not_a_number(kind):
         x[2, 7] = bad
         targets, weights = torch.arange(5)[:, None], torch.ones(5)
         for name, given in {
-            "gated": (x, x), "gated_slopes": (x, x, x, None), "norm": (x, x[0], 1e-5),
+            "gated": (x, x), "gated_slopes": (x, x, x), "norm": (x, x[0], 1e-5),
             "losses": (x, targets), "loss_slopes": (x, targets, weights, kind),
         }.items():  # fmt: skip
             found, want = (
@@ -215,7 +212,7 @@ def test_a_form_that_computes_something_else_is_found_out(kind, plain):
     def other(name):
         wrong = {
             "gated": lambda gate, up: F.gelu(gate) * up,
-            "gated_slopes": lambda grad, gate, up, kept: (grad * up, grad),
+            "gated_slopes": lambda grad, gate, up: (grad * up, grad),
             "norm": lambda x, w, eps: (WRITTEN.norm(x, w, eps)[0] * 1.1, WRITTEN.norm(x, w, eps)[1]),
             "norm_slope": lambda grad, x, w, inverse: grad * inverse,
             "turned": lambda x, cos, sin: x,
@@ -228,8 +225,7 @@ def test_a_form_that_computes_something_else_is_found_out(kind, plain):
     with fuse.fused(model):
         assert fuse.why_not(model, plain) is None
         for field in dataclasses.fields(between.Between):
-            if field.name != "gated_again":  # it is `gated` in another place
-                assert f"results of {field.name} differ" in (fuse.why_not(model, other(field.name)) or ""), field.name
+            assert f"results of {field.name} differ" in (fuse.why_not(model, other(field.name)) or ""), field.name
         first = []
 
         def once(x, w, eps):

@@ -73,8 +73,8 @@ def test_a_block_is_used_again_by_what_fits_and_grown_for_a_little_more():
         assert torch.empty(500_000).data_ptr() == place and blocks.held()[0] == size  # no other memory
         more = torch.empty(800_000)
         assert int(more[:600_000].sum()) == 600_000  # its pages, moved: what a new block would have cleared
-        small = torch.empty(100_000)  # from the heap
-        assert blocks.held()[0] == blocks.held()[1] == -(-3_200_000 // 65_536) * 65_536
+        small = torch.empty(30_000)  # from the heap
+        assert blocks.held()[0] == blocks.held()[1] == -(-3_200_000 // 4096) * 4096
         del more, small
 
 

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr size_t large = 1 << 20, step = 1 << 16;  // bytes
+constexpr size_t large = 1 << 17, step = 1 << 12;  // bytes
 constexpr double wider = 1.5;                      // how much larger than asked a block may be
 constexpr uint8_t priority = 1;
 
