@@ -196,8 +196,8 @@ def child(module: str, *arguments: object, python: str | None = None) -> None:
 
 def machine() -> dict[str, Any]:
     told = [line.partition(":") for line in _lines("/proc/cpuinfo")]
-    first = {name.strip(): said.strip() for name, _, said in reversed(told)}  # the name alone is every generation's
-    name = first.get("model name", platform.machine())
+    first = {name.strip(): said.strip() for name, _, said in reversed(told)}
+    name = first.get("model name", platform.machine())  # which several generations share
     if "cpu family" in first:
         name += f", family {first['cpu family']} model {first['model']}"
     packages = ("torch", "transformers", "peft", "trl", "accelerate")

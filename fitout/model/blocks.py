@@ -1,7 +1,7 @@
 """Memory of large tensors on a CPU in blocks that are used again (cpp/blocks.cpp), in place of the C library's heap.
 
-Steps of a training have micro-batches of different sizes, and the heap that glibc makes of their activations is to a
-quarter or more holes (measured: docs/speed.md). Compiled with the headers that come with PyTorch, for the PyTorch that
+Steps of a training have micro-batches of different sizes, and the heap that glibc makes of their activations has holes
+(docs/speed.md). Compiled with the headers that come with PyTorch, for the PyTorch that
 is installed; where that cannot be done, `why_not` says so and PyTorch's own allocator stays.
 """
 
@@ -20,7 +20,6 @@ from ..errors import FitoutError
 from . import library
 
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-w")
-LARGE = 1 << 17  # bytes, from where a tensor has a block
 
 
 @contextmanager
@@ -36,8 +35,8 @@ def reused(device: torch.device) -> Iterator[None]:
 
 
 def let_go() -> None:
-    """Returns what no tensor has to the system."""
-    if why_not() is None:
+    """Returns what no tensor has to the system, where a training has had blocks."""
+    if _library.cache_info().currsize:
         _library().blocks_let_go()
 
 
@@ -74,14 +73,15 @@ def _tried() -> str | None:
     before = held()[1]
     if not _library().blocks_on():
         return None  # in use
+    count = 1 << 18  # numbers, in more bytes than any tensor from the heap has
     try:
-        first = torch.arange(LARGE, dtype=torch.int32, device="cpu")
-        place, full = first.data_ptr(), int(first.sum(dtype=torch.int64)) == LARGE * (LARGE - 1) // 2
+        first = torch.arange(count, dtype=torch.int32, device="cpu")
+        place, full = first.data_ptr(), int(first.sum(dtype=torch.int64)) == count * (count - 1) // 2
         mine = held()[1] - before
         del first
-        again = torch.ones(LARGE, dtype=torch.int32, device="cpu")
-        same = again.data_ptr() == place and int(again.sum()) == LARGE
+        again = torch.ones(count, dtype=torch.int32, device="cpu")
+        same = again.data_ptr() == place and int(again.sum()) == count
         del again
-        return None if full and same and mine == 4 * LARGE else "it does not hold what it should"
+        return None if full and same and mine == 4 * count else "it does not hold what it should"
     finally:
         _library().blocks_off()

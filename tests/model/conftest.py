@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
-from fitout.model import native
+from fitout.model import blocks, native
 from fitout.model.precision import instructions
 
 
 def forget():
-    for known in (native.why_not, native._library):
+    for known in (native.why_not, native._library, blocks.why_not, blocks._library):
         known.cache_clear()
 
 

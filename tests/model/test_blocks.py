@@ -12,13 +12,9 @@ import torch
 
 from fitout.model import blocks
 from fitout.model.memory import give_back, is_out_of_memory
+from tests.model.conftest import forget
 
 CPU = torch.device("cpu")
-
-
-def forget():
-    blocks.why_not.cache_clear()
-    blocks._library.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,7 @@ def test_a_source_that_was_changed_is_an_error():
         out.sum().backward()
 
 
-def test_checkpointing_decides_for_itself(monkeypatch):
+def test_checkpointing_decides_for_itself():
     """It keeps nothing between forward and backward; a note would hold on to what it lets go."""
     one = layer("full")
 

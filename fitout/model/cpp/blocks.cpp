@@ -1,7 +1,7 @@
 // Memory of large tensors in blocks that are kept when a tensor goes and used again for the next of about its size.
 //
 // A micro-batch keeps hundreds of activations of a few sizes, and the next one those of other sizes. In glibc's heap
-// the holes of one do not fit the other's: up to 40 % of what is resident is holes. Blocks of their own, straight from
+// the holes of one do not fit the other's. Blocks of their own, straight from
 // the system, have no neighbours. They are kept so that pages need not be cleared and mapped anew, and never more of
 // them than were once in use together.
 
