@@ -45,6 +45,22 @@ def ends(segments: Sequence[Segment]) -> list[int]:
     return found
 
 
+def seen(segments: Sequence[Segment], window: int | None = None) -> np.ndarray:
+    """(T, T) bool, the slow obvious way: whether the token of the row may look at that of the column. With `window` w
+    it sees no more than w tokens of its own document, itself included."""
+    place, owner = np.zeros((2, segments[-1].end), np.int64)
+    family = np.eye(len(segments), dtype=bool)  # the row's segment and what it continues
+    for index, one in enumerate(segments):
+        begin = 0
+        if one.parent >= 0:
+            family[index] |= family[one.parent]
+            begin = place[segments[one.parent].end - 1] + 1
+        place[one.start : one.end] = np.arange(begin, begin + one.length)
+        owner[one.start : one.end] = index
+    allowed = family[owner][:, owner] & (place <= place[:, None])
+    return allowed if window is None else allowed & (place > place[:, None] - window)
+
+
 @dataclass(frozen=True)
 class Layout:
     """One forward's worth of tokens.

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..layout import Segment, ends, reaches
 from . import native, varlen
+from .precision import any_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,29 +60,39 @@ def packed_attention(
         )
     if segments is None:
         segments = (Segment(0, query.shape[2]),)
-    if softcap is not None or s_aux is not None:
-        return _piece_by_piece(
-            query, key, value, segments, sliding_window,
-            lambda q, k, v, mask: _explicit(q, k, v, mask, scaling, softcap, s_aux, dropout),
-        )  # fmt: skip
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # which casts for PyTorch's own attention only; turned queries are fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    plain = softcap is None and s_aux is None and not dropout
     if kind == "cpu" and not dropout:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.autocast("cpu", enabled=False):  # scores stay fp32
             if native.serves(query, key, value, segments):
-                return _Native.apply(query, key, value, segments, scale, sliding_window), None
-            if sliding_window is None or max(reaches(segments)) <= sliding_window:
+                rules = native.Rules(scale, sliding_window, softcap)
+                return _Native.apply(query, key, value, s_aux, segments, rules), None
+            if plain and (sliding_window is None or max(reaches(segments)) <= sliding_window):
                 return _Documents.apply(query, key, value, segments, scale), None
-    if not dropout and varlen.serves(query, key, sliding_window):
+    if plain and varlen.serves(query, key, sliding_window):
         return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
-    return _piece_by_piece(
-        query, key, value, segments, sliding_window,
-        lambda q, k, v, mask: F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-        ),
-    )  # fmt: skip
+
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+        with torch.random.fork_rng([q.device] if q.is_cuda else [], enabled=bool(dropout)):
+            if dropout:
+                torch.manual_seed(seed)  # the same in the backward
+            if softcap is not None or sinks is not None:
+                return _explicit(q, k, v, mask, scaling, softcap, sinks, dropout)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            )
+
+    states = [query, key, value]
+    if kind == "cpu":  # in fp32, as _Documents is, and for its reasons
+        states = [x.float() for x in states]
+    with torch.autocast(kind, enabled=False):
+        out = _piece_by_piece(*states, segments, sliding_window, lambda *part: _Again.apply(attend, *part, s_aux))
+    return out.to(query.dtype), None
 
 
 def _piece_by_piece(
@@ -91,7 +102,7 @@ def _piece_by_piece(
     segments: Sequence[Segment],
     window: int | None,
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """One call a segment, on the keys of its ancestors and itself; the mask is None where it is the causal one."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
@@ -105,7 +116,7 @@ def _piece_by_piece(
         windowed = window is not None and k.shape[2] > window
         mask = _mask(segment.length, k.shape[2], window, query.device) if len(family) > 1 or windowed else None
         outputs.append(attend(queries[index], k, v, mask))
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2)
 
 
 def _explicit(
@@ -131,22 +142,43 @@ def _explicit(
     return weights[..., : key.shape[2]] @ value
 
 
+class _Again(torch.autograd.Function):
+    """One piece of attention by PyTorch's own operations, of which nothing is kept: the backward computes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, attend: Callable[..., Tensor], *given: Tensor | None):
+        ctx.save_for_backward(*given)
+        ctx.attend = attend
+        with any_size():
+            return attend(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        given = [x if x is None else x.detach() for x in ctx.saved_tensors]
+        wanted = [x.requires_grad_() for x, needed in zip(given, ctx.needs_input_grad[1:], strict=True) if needed]
+        with any_size(), torch.enable_grad():
+            found = iter(torch.autograd.grad(ctx.attend(*given), wanted, grads[0]))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
 class _Native(torch.autograd.Function):
     """Attention of documents and trees of them by native.py."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float,
-        window: int | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, segments: Sequence[Segment],
+        rules: native.Rules,
     ):  # fmt: skip
-        out, norm = native.attend(query, key, value, segments, scale, window)
-        ctx.save_for_backward(query, key, value, out, norm)
-        ctx.how = segments, scale, window
+        out, norm = native.attend(query, key, value, segments, rules, sinks)
+        ctx.save_for_backward(query, key, value, out, norm, sinks)
+        ctx.how = segments, rules
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        return *native.slopes(grads[0], *ctx.saved_tensors, *ctx.how), None, None, None
+        *computed, sinks = ctx.saved_tensors
+        of_sinks = native.sink_slopes(grads[0], *computed[3:], sinks) if ctx.needs_input_grad[3] else None
+        return *native.slopes(grads[0], *computed, *ctx.how), of_sinks, None, None
 
 
 class _Documents(torch.autograd.Function):
@@ -155,7 +187,7 @@ class _Documents(torch.autograd.Function):
     Called on slices of one block, so that nothing is split, joined or zeroed around them. What a token sees in several
     segments is put together by the logarithms of the softmax denominators (Milakov and Gimelshein, arXiv 1805.02867);
     with the joint denominator and output each segment's share of the gradients follows. bf16 is computed in fp32: in
-    bf16 the kernel's backward is slower, and compiles anew for each length.
+    bf16 the kernel's backward is slower, and oneDNN would compile for each length.
     """
 
     @staticmethod
@@ -168,14 +200,15 @@ class _Documents(torch.autograd.Function):
             part = [x[:, :, at] for x, at in zip(wide, (queries, keys, keys), strict=True)]
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, causal, scale=scale)
 
-        for s in segments:
-            own = slice(s.start, s.end)
-            out[:, :, own], norm[:, :, own] = attend(own, own, True)
-        for s, later in _looked_back_at(segments):
-            part, part_norm = attend(later, slice(s.start, s.end), False)
-            share = torch.sigmoid(part_norm - norm[:, :, later]).unsqueeze(-1)
-            out[:, :, later] = torch.lerp(out[:, :, later].to(part.dtype), part, share.to(part.dtype))
-            norm[:, :, later] = torch.logaddexp(norm[:, :, later], part_norm)
+        with any_size():
+            for s in segments:
+                own = slice(s.start, s.end)
+                out[:, :, own], norm[:, :, own] = attend(own, own, True)
+            for s, later in _looked_back_at(segments):
+                part, part_norm = attend(later, slice(s.start, s.end), False)
+                share = torch.sigmoid(part_norm - norm[:, :, later]).unsqueeze(-1)
+                out[:, :, later] = torch.lerp(out[:, :, later].to(part.dtype), part, share.to(part.dtype))
+                norm[:, :, later] = torch.logaddexp(norm[:, :, later], part_norm)
         ctx.save_for_backward(query, key, value, out, norm)
         ctx.segments, ctx.scale = segments, scale
         return out.transpose(1, 2)
@@ -198,14 +231,15 @@ class _Documents(torch.autograd.Function):
             ]
 
         results = [torch.empty_like(x) for x in (query, key, value)]
-        for s in ctx.segments:
-            own = slice(s.start, s.end)
-            for whole, slope in zip(results, slopes(own, own, True), strict=True):
-                whole[:, :, own] = slope
-        for s, later in _looked_back_at(ctx.segments):
-            seen = slice(s.start, s.end)
-            for whole, at, slope in zip(results, (later, seen, seen), slopes(later, seen, False), strict=True):
-                whole[:, :, at] += slope
+        with any_size():
+            for s in ctx.segments:
+                own = slice(s.start, s.end)
+                for whole, slope in zip(results, slopes(own, own, True), strict=True):
+                    whole[:, :, own] = slope
+            for s, later in _looked_back_at(ctx.segments):
+                seen = slice(s.start, s.end)
+                for whole, at, slope in zip(results, (later, seen, seen), slopes(later, seen, False), strict=True):
+                    whole[:, :, at] += slope
         return *results, None, None
 
 

@@ -14,6 +14,7 @@ import math
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FitoutError
-from ..layout import Segment, ends, reaches
+from ..layout import Segment, ends, reaches, seen
 from .library import Missing, load
 from .precision import instructions
 
@@ -34,7 +35,7 @@ class _Segment(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("start", "end", "last", "depth")]
 
 
-POINTERS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "norm", "segments")
+POINTERS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "norm", "sinks", "segments")
 SIZES = ("count", "tokens", "heads", "few", "width", "value")
 STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "grad_token", "grad_head")
 
@@ -44,6 +45,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in (*SIZES, *STRIDES, "window")),
         ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
         ("threads", ctypes.c_int32),
     ]
 
@@ -68,11 +70,26 @@ def _plain(*tensors: Tensor) -> bool:
     return all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What is asked of attention: scores are multiplied by `scale`; with `window` w a token sees no more than w tokens,
+    itself included; with `cap` c scores become c tanh(score / c)."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[Segment],
+    rules: Rules,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of documents and trees of them: a token sees its own document up to itself, and with `window` w
-    no more than w tokens, itself included.
+    """Softmax attention of documents and trees of them: a token sees its own document up to itself. `sinks` (H,) are
+    scores that take part in the softmax and lead nowhere.
 
     query (1, H, T, D), key (1, K, T, D), value (1, K, T, V), H a multiple of K. Returns (1, T, H, V) in the query's
     dtype, and the logarithm of each softmax's denominator (H, T) in fp32. Scores and sums are fp32; weights are rounded
@@ -82,7 +99,7 @@ def attend(
     query, key, value = (_in_rows(x, kind) for x in (query, key, value))
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     norm = query.new_empty(query.shape[1], query.shape[2], dtype=torch.float32)
-    _run(query, key, value, segments, scale, window, back=False, out=out, norm=norm)
+    _run(query, key, value, segments, rules, sinks, back=False, out=out, norm=norm)
     return out.to(own), norm
 
 
@@ -94,8 +111,7 @@ def slopes(
     out: Tensor,
     norm: Tensor,
     segments: Sequence[Segment],
-    scale: float,
-    window: int | None = None,
+    rules: Rules,
 ) -> list[Tensor]:
     """Gradients of query, key and value, from that of the output (1, T, H, V); `out` and `norm` as `attend` gave them.
     Gradients of scores are rounded to the dtype once their row's mean is taken off."""
@@ -103,10 +119,14 @@ def slopes(
     grad, query, key, value, out = (_in_rows(x, kind) for x in (grad, query, key, value, out))
     found = [x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)]
     more = dict(zip(("dq", "dk", "dv"), found, strict=True))
-    _run(
-        query, key, value, segments, scale, window, back=True, out=out, norm=norm, grad=grad.transpose(1, 2), **more
-    )  # fmt: skip
+    _run(query, key, value, segments, rules, back=True, out=out, norm=norm, grad=grad.transpose(1, 2), **more)
     return [x.to(own).transpose(1, 2) for x in found]
+
+
+def sink_slopes(grad: Tensor, out: Tensor, norm: Tensor, sinks: Tensor) -> Tensor:
+    """The gradient of `sinks` (H,), of which none leads to the output: each takes weight from what does."""
+    mean = (grad.float() * out.float()).sum(-1)[0].t()
+    return -(torch.exp(sinks.float()[:, None] - norm) * mean).sum(1).to(sinks.dtype)
 
 
 def _kind(query: Tensor, value: Tensor) -> torch.dtype:
@@ -142,11 +162,14 @@ def _segments(segments: Sequence[Segment]) -> Any:
 
 
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], rules: Rules, sinks: Tensor | None = None,
     *, back: bool, **more: Tensor,
 ) -> None:  # fmt: skip
     told = _segments(segments)
-    call = _Call(segments=ctypes.addressof(told), count=len(told), scale=scale, window=window or 0)
+    call = _Call(segments=ctypes.addressof(told), count=len(told))
+    call.scale, call.window, call.cap = rules.scale, rules.window or 0, rules.cap or 0
+    if sinks is not None:
+        more["sinks"] = sinks.detach().float().contiguous()
     call.tokens, call.heads, call.few = query.shape[2], query.shape[1], key.shape[1]
     call.width, call.value, call.threads = query.shape[3], value.shape[3], torch.get_num_threads()
     for name, x in {"q": query, "k": key, "v": value, **more}.items():
@@ -284,7 +307,8 @@ def _differs() -> str | None:
 
 
 def _gap(found: Tensor, right: Tensor) -> float:
-    return float((found.double() - right.double()).abs().max() / right.double().abs().max())
+    found, right = found.detach().double(), right.detach().double()
+    return float((found - right).abs().max() / right.abs().max())
 
 
 def _gaps_between(kind: torch.dtype) -> dict[str, float]:
@@ -325,25 +349,37 @@ def _gaps_between(kind: torch.dtype) -> dict[str, float]:
 
 
 def _gap_of_attention(kind: torch.dtype) -> float:
-    """Of a small tree, forward and backward."""
+    """Of a small tree, forward and backward, plain and with all that may be asked of it."""
     if not hasattr(_library(), _name(kind)):
         return 0.0
     segments = (Segment(0, 70), Segment(70, 75, 0), Segment(75, 107, 0), Segment(107, 110))
-    ends, noise = (107, 75, 107, 110), torch.Generator().manual_seed(0)
-    seen = torch.zeros(110, 110, dtype=torch.bool)
-    for s, end in zip(segments, ends, strict=True):
-        for at in range(s.start, s.end):
-            seen[at:end, at] = True
+    noise = torch.Generator().manual_seed(0)
     q, grad = (torch.randn(1, 4, 110, 32, generator=noise).to(kind) for _ in range(2))
     k, v = (torch.randn(1, 2, 110, 32, generator=noise).to(kind) for _ in range(2))
-    out, norm = attend(q, k, v, segments, 0.2)
-    found = [out.transpose(1, 2), *slopes(grad.transpose(1, 2), q, k, v, out, norm, segments, 0.2)]
-    queries, along, keys, values = q.double(), grad.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v))
-    weights = (queries @ keys.transpose(2, 3) * 0.2).masked_fill(~seen, -torch.inf).softmax(-1)
-    slope = along @ values.transpose(2, 3)
-    slope = weights * (slope - (slope * weights).sum(-1, keepdim=True)) * 0.2
-    of_keys, of_values = (
-        (a.transpose(2, 3) @ b).unflatten(1, (2, 2)).sum(2) for a, b in ((slope, queries), (weights, along))
+    sinks = torch.randn(4, generator=noise)
+    return max(
+        _gap_by(Rules(0.2), None, q, k, v, grad, segments),
+        _gap_by(Rules(0.2, window=40, cap=2.0), sinks, q, k, v, grad, segments),
     )
-    right = [weights @ values, slope @ keys, of_keys, of_values]
-    return max(_gap(a, b) for a, b in zip(found, right, strict=True))
+
+
+def _gap_by(
+    rules: Rules, sinks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, segments: Sequence[Segment]
+) -> float:
+    out, norm = attend(q, k, v, segments, rules, sinks)
+    along = grad.transpose(1, 2)
+    found = [out, *slopes(along, q, k, v, out, norm, segments, rules)]
+    with torch.enable_grad():
+        leaves = [x.double().requires_grad_() for x in (q, k, v, *(() if sinks is None else (sinks,)))]
+        queries, keys, values = leaves[0], *(x.repeat_interleave(2, 1) for x in leaves[1:3])
+        scores = queries @ keys.transpose(2, 3) * rules.scale
+        if rules.cap:
+            scores = rules.cap * torch.tanh(scores / rules.cap)
+        scores = scores.masked_fill(~torch.from_numpy(seen(segments, rules.window)), -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, leaves[3].view(1, -1, 1, 1).expand(1, 4, 110, 1)], -1)
+            found.append(sink_slopes(along, out, norm, sinks))
+        right = (scores.softmax(-1)[..., :110] @ values).transpose(1, 2)
+        return max(
+            _gap(a, b) for a, b in zip(found, (right, *torch.autograd.grad(right, leaves, along.double())), strict=True)
+        )

@@ -112,6 +112,21 @@ def onednn_multiplies() -> bool:
     return setting is not None and setting.fp32_precision == "bf16"
 
 
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Has PyTorch's choice multiply in the block what oneDNN multiplies around it: products whose sizes do not come
+    again, such as one document's scores, for each of which it would keep a kernel (800 MB after 3 steps of Alpaca)."""
+    if not onednn_multiplies():
+        yield
+        return
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = "bf16"
+
+
 def _mkl_is_slow() -> bool:
     there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     known = hasattr(torch.backends.mkldnn, "matmul")  # since PyTorch 2.9

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Segment
+from ..layout import Segment, seen
 from .send import send
 
 DTYPES = (torch.bfloat16, torch.float16)  # what flash attention computes in
@@ -141,20 +141,8 @@ def trial(
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], window: int | None) -> Tensor:
     """The slow obvious computation: one softmax over all tokens, everything that is not seen at minus infinity."""
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    at, owner = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.long)
-    lines: list[set[int]] = []
-    for index, segment in enumerate(segments):
-        parent = segment.parent
-        lines.append({index} | (lines[parent] if parent >= 0 else set()))
-        begin = int(at[segments[parent].end - 1]) + 1 if parent >= 0 else 0
-        at[segment.start : segment.end] = torch.arange(begin, begin + segment.length)
-        owner[segment.start : segment.end] = index
-    family = torch.tensor([[other in line for other in range(len(segments))] for line in lines])
-    seen = family[owner][:, owner] & (at[None] <= at[:, None])
-    if window is not None:
-        seen &= at[None] > at[:, None] - window
+    groups = query.shape[1] // key.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = (query @ k.transpose(2, 3)) * query.shape[-1] ** -0.5
-    weights = scores.masked_fill(~seen.to(query.device), float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~torch.from_numpy(seen(segments, window)).to(query.device), float("-inf")).softmax(-1)
     return (weights @ v).transpose(1, 2)

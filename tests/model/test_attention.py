@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fitout.layout import Segment
+from fitout.layout import Segment, seen
 from fitout.model import native
 from fitout.model.attention import packed_attention
 from fitout.model.varlen import _dense
@@ -70,6 +70,52 @@ def test_a_window_over_a_tree(segments, window, computed_by):
     )  # fmt: skip
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("cap", "with_sinks"), [(3.0, False), (None, True), (3.0, True)])
+def test_capped_scores_and_sinks(cap, with_sinks, kind, window, computed_by):
+    """Gemma 2's and gpt-oss' attention over a tree; queries so large that many scores are at the cap."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 100, 16).to(kind) for heads in (4, 2, 2))
+    q, slope, sinks = 4 * q, torch.randn(1, 100, 4, 16).to(kind), torch.randn(4) if with_sinks else None
+
+    def dense(q, k, v, sinks):
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * 0.25
+        assert cap is None or float((scores.detach().abs() > 2 * cap).double().mean()) > 0.05
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~torch.from_numpy(seen(TREE, window)), float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(1, 4, 100, 1)], -1)
+        return (scores.softmax(-1)[..., :100] @ v).transpose(1, 2)
+
+    def ours(q, k, v, sinks):
+        return packed_attention(
+            None, q, k, v, None, segments=TREE, softcap=cap, s_aux=sinks, sliding_window=window
+        )[0]  # fmt: skip
+
+    found = []
+    for attend, to in ((ours, None), (dense, torch.float64)):
+        leaves = [x if x is None else x.detach().clone().to(to).requires_grad_() for x in (q, k, v, sinks)]
+        out = attend(*leaves)
+        out.backward(slope.to(out.dtype))
+        found.append([out.detach(), *(x.grad for x in leaves if x is not None)])
+    for a, b in zip(*found, strict=True):
+        assert float((a.double() - b).abs().max()) <= (4e-6 if kind == torch.float32 else 0.02) * float(b.abs().max())
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_dropout_drops_the_same_in_the_backward(cap):
+    """What comes out is linear in the values, so its product with a slope is that of the values and their gradient."""
+    torch.manual_seed(0)
+    q, k, v, slope = (torch.randn(1, 2, 100, 16) for _ in range(4))
+    v.requires_grad_()
+    one, other = (packed_attention(None, q, k, v, None, segments=TREE, dropout=0.3, softcap=cap)[0] for _ in range(2))
+    assert not torch.equal(one, other)
+    one.backward(slope.transpose(1, 2))
+    torch.testing.assert_close((v.grad * v).sum(), (one * slope.transpose(1, 2)).sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_values_of_another_width_and_tensors_in_any_order(computed_by):

@@ -163,13 +163,16 @@ struct Call {
   const void *q, *k, *v, *grad;  // (heads, tokens, width), each with its strides; the last is 1
   void *out, *dq, *dk, *dv;      // (tokens, heads, width)
   float* norm;                   // (heads, tokens)
+  const float* sinks;            // (heads) or none: a score each that takes part in the softmax and leads nowhere
   const Segment* segments;
   int64_t count, tokens, heads, few, width, value;
   int64_t q_token, q_head, k_token, k_head, v_token, v_head, grad_token, grad_head;
   int64_t window;  // 0: none
-  float scale;
+  float scale, cap;  // with a cap, scores are cap tanh(score / cap); 0: none
   int32_t threads;
 };
+
+inline vec capped(vec x, float cap) { return cap * tanh_(x / cap); }
 
 struct Tree {
   int64_t first, past, start, end;  // its segments, its tokens
@@ -285,7 +288,8 @@ template <class T> void forward(const Call& call, const Tree& tree, int64_t head
     int lanes = block.lanes;
     transpose(query, BLOCK, q + start * call.q_token, call.q_token / STEP, block.end - start, D / STEP);
     float top[BLOCK], sum[BLOCK] = {};
-    std::fill(top, top + BLOCK, -1e30f);
+    std::fill(top, top + BLOCK, call.sinks ? call.sinks[head] : -1e30f);
+    if (call.sinks) std::fill(sum, sum + BLOCK, 1.0f);
     memset(result, 0, V * BLOCK * sizeof(float));
     block.look([&](int64_t j0, int64_t j1, int first, const Segment& s, bool whole) {
       long n = j1 - j0, even = up(n, 2);
@@ -296,6 +300,7 @@ template <class T> void forward(const Call& call, const Tree& tree, int64_t head
         vec before = load<vec>(top + lane), highest = before;
         for (long j = 0; j < n; j++) {
           vec x = load<vec>(scores + j * BLOCK + lane) * call.scale;
+          if (call.cap) x = capped(x, call.cap);
           if (!whole) x = mask(x, j0 + j, s);
           store(scores + j * BLOCK + lane, x);
           highest = most(highest, x);
@@ -375,12 +380,18 @@ template <class T> void backward(const Call& call, const Tree& tree, int64_t few
             store(scores + n * BLOCK + lane, all(-INFINITY));
             store(slopes + n * BLOCK + lane, vec{});
           }
+          for (long i = 0; call.cap && i < n; i++)
+            store(scores + i * BLOCK + lane, capped(load<vec>(scores + i * BLOCK + lane) * call.scale, call.cap));
+          float scale = call.cap ? 1.0f : call.scale;
           auto weight = [&](long i) {
-            vec x = load<vec>(scores + i * BLOCK + lane) * call.scale;
+            vec x = load<vec>(scores + i * BLOCK + lane) * scale;
             return exp_((whole ? x : mask(x, j0 + i, s)) - whole_norm);
           };
           auto slope = [&](long i, vec weight) {
-            return weight * (load<vec>(slopes + i * BLOCK + lane) - away) * call.scale;
+            vec one = weight * (load<vec>(slopes + i * BLOCK + lane) - away) * call.scale;
+            if (!call.cap) return one;
+            vec share = most(load<vec>(scores + i * BLOCK + lane) / call.cap, all(-1.0f));
+            return one * (1.0f - share * share);
           };
           for (long i = 0; i < even; i += 2) {
             vec a = weight(i), b = weight(i + 1), da = slope(i, a), db = slope(i + 1, b);

@@ -50,6 +50,17 @@ inline vec exp_(vec x) {
   return x < -87.0f ? vec{} : y;
 }
 
+// tanh(x) to a few units in the last place. (Cephes' tanhf.)
+inline vec tanh_(vec x) {
+  vec z = x * x, size = most(x, -x), near = all(-5.70498872745e-3f);
+  near = near * z + 2.06390887954e-2f;
+  near = near * z - 5.37397155531e-2f;
+  near = near * z + 1.33314422036e-1f;
+  near = near * z - 3.33332819422e-1f;
+  vec far = 1.0f - 2.0f / (exp_(size + size > 40.0f ? all(40.0f) : size + size) + 1.0f);
+  return size < 0.625f ? near * z * x + x : x < 0.0f ? -far : far;
+}
+
 // A thread's own memory, kept from call to call, in lines of the cache.
 template <class T> struct Room {
   T* at = nullptr;
