@@ -10,6 +10,7 @@ copy of a shared prefix's keys (measured in ../benchmarks).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,11 +88,9 @@ def packed_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )
 
-    states = [query, key, value]
-    if kind == "cpu":  # in fp32, as _Documents is, and for its reasons
-        states = [x.float() for x in states]
+    q, k, v = (x.float() if kind == "cpu" else x for x in (query, key, value))  # as _Documents, for its reasons
     with torch.autocast(kind, enabled=False):
-        out = _piece_by_piece(*states, segments, sliding_window, lambda *part: _Again.apply(attend, *part, s_aux))
+        out = _piece_by_piece(q, k, v, segments, sliding_window, lambda *part: _Again.apply(attend, *part, s_aux))
     return out.to(query.dtype), None
 
 
@@ -155,10 +154,11 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         given = [x if x is None else x.detach() for x in ctx.saved_tensors]
-        wanted = [x.requires_grad_() for x, needed in zip(given, ctx.needs_input_grad[1:], strict=True) if needed]
+        needed = ctx.needs_input_grad[1:]
+        wanted = [x.requires_grad_() for x, one in zip(given, needed, strict=True) if one and x is not None]
         with any_size(), torch.enable_grad():
             found = iter(torch.autograd.grad(ctx.attend(*given), wanted, grads[0]))
-        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+        return None, *(next(found) if one else None for one in needed)
 
 
 class _Native(torch.autograd.Function):
@@ -176,9 +176,9 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        *computed, sinks = ctx.saved_tensors
-        of_sinks = native.sink_slopes(grads[0], *computed[3:], sinks) if ctx.needs_input_grad[3] else None
-        return *native.slopes(grads[0], *computed, *ctx.how), of_sinks, None, None
+        query, key, value, out, norm, sinks = ctx.saved_tensors
+        of_sinks = native.sink_slopes(grads[0], out, norm, sinks) if ctx.needs_input_grad[3] else None
+        return *native.slopes(grads[0], query, key, value, out, norm, *ctx.how), of_sinks, None, None
 
 
 class _Documents(torch.autograd.Function):
@@ -341,9 +341,13 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
 
 
 def use_unpacked(model: PreTrainedModel) -> None:
-    """Gives the model transformers' fast attention where it computes what the model's own does, else its own."""
-    fast = getattr(model, "_supports_sdpa", False) and unlike_own(model, "sdpa") <= UNLIKE[model.dtype]
-    model.set_attn_implementation("sdpa" if fast else "eager")
+    """Gives the model packed attention on one document at a time, or transformers' fast one, where that computes what
+    the model's own does, else its own."""
+    for kind in (NAME, *(["sdpa"] if getattr(model, "_supports_sdpa", False) else [])):
+        with suppress(ModelError):
+            if unlike_own(model, kind) <= UNLIKE[model.dtype]:
+                return model.set_attn_implementation(kind)
+    model.set_attn_implementation("eager")
 
 
 def register() -> None:

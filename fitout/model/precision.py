@@ -20,6 +20,9 @@ NARROW = 384  # measured: below, bf16 was slower in whole steps though faster in
 PAYS = 1.3
 ONE_THREAD = 256  # measured up to here: two threads no faster than one alone, and beside other work 8 times slower
 EXACT = 1e-5  # of the largest number; factors rounded to bf16 would be 2e-3 off
+KERNELS = 64  # that oneDNN keeps, half a MB each: it compiles one for each size of a product, some 20 a micro-batch's
+for _each in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own, and PyTorch's above it; both 1,024
+    os.environ.setdefault(_each, str(KERNELS))  # read once, with the first product
 _threads: list[int] = []  # what torch began with
 
 

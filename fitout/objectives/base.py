@@ -29,15 +29,17 @@ class Objective(Protocol):
 ROUND_TO = 64  # tokens; oneDNN compiles kernels for each length of a row, some MB that are never freed
 
 
-def inputs(layout: Layout, device: torch.device, *, round_to: int = 1) -> tuple[dict[str, object], list[Tensor]]:
+def inputs(
+    layout: Layout, device: torch.device, *, filling: int = 0, packed: bool = True
+) -> tuple[dict[str, object], list[Tensor]]:
     """The forward's arguments for one layout, a batch of one row of T tokens, no mask, no cache; and the layout's
     targets: where, which tokens, with which weights. All on the device.
 
-    With `round_to` a document of its own, which nobody sees, fills the row up to a multiple of so many tokens.
+    `filling` tokens that nobody sees make the row longer: a document of its own, or where documents are not `packed`,
+    the end of the only one.
     """
-    filling = -layout.tokens % round_to
     ids = np.concatenate([layout.ids, np.zeros(filling, np.int64)])
-    positions = np.concatenate([layout.positions, np.arange(filling, dtype=np.int64)])
+    positions = np.concatenate([layout.positions, np.arange(filling) + (0 if packed else layout.tokens)])
     more = (Segment(layout.tokens, layout.tokens + filling),) if filling else ()
     arrays = (ids, positions, layout.target_at, layout.target_token, layout.target_weight)
     there, standing, *targets = send([torch.from_numpy(array) for array in arrays], device)
@@ -56,30 +58,38 @@ def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     The head runs on the supervised positions only, in chunks (model/head.py); where a forward cannot be taken apart for
     that, it runs whole, at those positions.
     """
-    device = getattr(model, "fitout_device", None) or next(model.parameters()).device  # off-loaded ones are elsewhere
-    round_to = _rounding(model, device)
     with part(DATA):
-        fed, (at, tokens, weights) = inputs(layout, device, round_to=round_to)
+        fed, targets = inputs(layout, _device(model), filling=padding(model, layout), packed=_packed(model))
+        more = -layout.supervised % _rounding(model)  # rows of the head, too, of weight zero
+        at, tokens, weights = (F.pad(x, (0, more)) if more else x for x in targets)
     if kind_of_head(model) != WHOLE:
         hidden = model.get_decoder()(**fed).last_hidden_state.squeeze(0)
         with part(HEAD):
-            filling = -len(at) % round_to  # rows of the head, too, of weight zero
-            at, tokens, weights = (F.pad(x, (0, filling)) if filling else x for x in (at, tokens, weights))
             total, losses = head_cross_entropy(model, hidden.index_select(0, at), tokens, weights)
             return total, losses[: layout.supervised]
     logits = model(**fed, logits_to_keep=at).logits.squeeze(0).float()
     with part(HEAD):
         losses = F.cross_entropy(logits, tokens, reduction="none")
-        return (losses * weights).sum(), losses.detach()
+        return (losses * weights).sum(), losses.detach()[: layout.supervised]
 
 
 def padding(model: Any, layout: Layout) -> int:
-    """How many tokens `token_losses` adds to this layout's row, to fill it up."""
-    return -layout.tokens % _rounding(model, next(model.parameters()).device)
+    """How many tokens `token_losses` adds to this layout's row, to fill it up; no more than the model has positions."""
+    filling = -layout.tokens % _rounding(model)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return filling if _packed(model) or not positions else min(filling, max(0, positions - layout.tokens))
 
 
-def _rounding(model: Any, device: torch.device) -> int:
+def _packed(model: Any) -> bool:
+    return model.config._attn_implementation == PACKED
+
+
+def _device(model: Any) -> torch.device:
+    return getattr(model, "fitout_device", None) or next(model.parameters()).device  # off-loaded ones are elsewhere
+
+
+def _rounding(model: Any) -> int:
     """What the length of a row is made a multiple of."""
+    device = _device(model)
     low = torch.is_autocast_enabled(device.type) or model.dtype == torch.bfloat16
-    packed = model.config._attn_implementation == PACKED
-    return ROUND_TO if (low or onednn_multiplies()) and device.type == "cpu" and packed else 1
+    return ROUND_TO if (low or onednn_multiplies()) and device.type == "cpu" else 1

@@ -140,23 +140,21 @@ def _memory_constants(setup: Setup) -> dict[str, float]:
     return constants()["memory"][_table(setup)]
 
 
-SIZES_KEPT = 50  # different micro-batch sizes whose kernels oneDNN keeps (1,024 kernels, some twenty for each)
+KERNELS_A_SIZE = 20  # of a micro-batch: counted for LoRA on a llama
 
 
 def kernel_bytes(setup: Setup, work: Work) -> float:
-    """On a CPU, oneDNN's products compile kernels for each new size of a micro-batch, and all are kept: those in bf16,
-    and in fp32 where it multiplies them (benchmarks/planner_sizes.py)."""
-    from ..model.precision import has_amx, onednn_multiplies
+    """On a CPU, oneDNN's products compile kernels for each new size of a micro-batch, and some are kept: those in bf16,
+    and in fp32 where it multiplies them (benchmarks/planner_kernels.py)."""
+    from ..model.precision import KERNELS, onednn_multiplies
     from ..objectives.base import ROUND_TO
 
     compiled = compiles_bf16() if setup.precision == "bf16" else onednn_multiplies()
     if setup.device == "cuda" or not compiled:
         return 0.0
-    known = _memory_constants(setup)
-    each = known["size_mb_amx"] if setup.precision == "bf16" and has_amx() else known["size_mb"]
-    looked = [-(-one.tokens // ROUND_TO) for step in work.steps for one in step]
-    sizes = min(SIZES_KEPT, round(len(set(looked)) * max(1.0, work.total_steps / len(work.steps))))
-    return MB * each * sizes
+    looked = {-(-one.tokens // ROUND_TO) for step in work.steps for one in step}
+    sizes = len(looked) * max(1.0, work.total_steps / len(work.steps))
+    return MB * _memory_constants(setup)["kernel_mb"] * min(KERNELS, KERNELS_A_SIZE * sizes)
 
 
 def sharded(parameters: float, gradients: float, optimizer: float, stage: int, devices: int) -> tuple[float, ...]:

@@ -60,11 +60,11 @@ class Rehearsal:
 
     def __init__(
         self, shape: Shape, config: Any, settings: dict[str, Any], train: Any, objective: Any, work_at: WorkAt,
-        machine: Machine, *, packed: bool = True, grown: bool = False,
+        machine: Machine, *, grown: bool = False,
     ):  # fmt: skip
         self.shape, self.config, self.settings = shape, config, settings
         self.train, self.objective, self.work_at = train, objective, work_at
-        self.machine, self.packed, self.grown = machine, packed, grown
+        self.machine, self.grown = machine, grown
         self.measures = getattr(machine.speed, "measures", True)  # else what is not remembered raises NotMeasured
         self.tried: set[str] = set()  # kinds of methods that this process has computed with
         self._bases: dict[int, Path] = {}
@@ -113,7 +113,7 @@ class Rehearsal:
         shape = replace(self.shape, file_bytes=None, file_width=None)
         what = [
             __version__, repr(shape), self.settings[kind].model_dump(mode="json"), setup.precision, setup.recompute,
-            setup.optimizer, type(self.objective).__name__, self.packed, self.grown,
+            setup.optimizer, type(self.objective).__name__, self.grown,
             [(one.tokens, one.targets, one.lengths) for one in samples],
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
@@ -167,7 +167,7 @@ class Rehearsal:
         method, device = methods.create(settings), best_device()
         dtype = DTYPES[setup.precision]
         model: Any = load_base(
-            str(self._base(depth)), dtype=dtype if method.frozen_base else torch.float32, packed=self.packed,
+            str(self._base(depth)), dtype=dtype if method.frozen_base else torch.float32,
             device=device, extra=method.load_kwargs(dtype),
         )  # fmt: skip
         model.fitout_grown_vocabulary = self.grown

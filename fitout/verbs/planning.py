@@ -149,8 +149,7 @@ def _rehearsal(
         return None
     config = load_config(resolve(recipe.model.base).base, revision=recipe.model.revision)
     return Rehearsal(
-        shape, config, settings, recipe.train, create(recipe.objective), work_at, machine,
-        packed=recipe.data.packing, grown=grown,
+        shape, config, settings, recipe.train, create(recipe.objective), work_at, machine, grown=grown
     )  # fmt: skip
 
 

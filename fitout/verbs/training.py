@@ -104,13 +104,14 @@ def _train_model(
     model = load_base(
         parts.base,
         dtype=DTYPES[kind] if method.frozen_base else torch.float32,
-        packed=recipe.data.packing,
         device="cpu" if backend.spreads else device,  # else no device ever holds all of it
         empty=backend.spreads and not backend.main,
         extra=method.load_kwargs(DTYPES[kind]),
         **hub_source(recipe),
     )
-    if batches.packing and not _packs(model, backend, screen):
+    why = _settle_attention(model, backend)
+    if why and batches.packing:
+        screen.say(f"{why}: samples are computed one by one, without packing")
         batches.packing = batches.share = False
     if chat.grown:
         grow_vocabulary(model, len(chat.tokenizer))
@@ -183,21 +184,20 @@ def _train_model(
     backend.close()
 
 
-def _packs(model: Any, backend: Backend, screen: Screen) -> bool:
-    """Whether packed attention serves this model: it computes what the model's own does and keeps documents apart.
-    Where it does not, each sample gets a forward of its own. A model without values is not asked."""
-    from ..model.attention import NAME as PACKED
-    from ..model.attention import use_unpacked, why_not_packed
+def _settle_attention(model: Any, backend: Backend) -> str | None:
+    """Why packed attention does not serve this model, or None: it computes what the model's own does, and keeps
+    documents apart. Where it does not, each sample gets a forward of its own, by the fastest attention that is right.
+    A model without values is not asked."""
+    from ..model.attention import NAME, use_unpacked, why_not_packed
 
     has_values = backend.main or not backend.spreads
     why = why_not_packed(model) if has_values else None
     if backend.agree("plain" if why else "packed", ("packed", "plain")) == "packed":
-        return True
+        return None
     if has_values:
         use_unpacked(model)
-    model.set_attn_implementation(backend.agree(model.config._attn_implementation, (PACKED, "sdpa", "eager")))
-    screen.say(f"{why}: samples are computed one by one, without packing")
-    return False
+    model.set_attn_implementation(backend.agree(model.config._attn_implementation, (NAME, "sdpa", "eager")))
+    return why or "packed attention does not serve this model"
 
 
 TOLD = 1  # seconds of compiling that are worth a line

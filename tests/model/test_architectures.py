@@ -95,7 +95,16 @@ def test_special_attention_that_is_not_computed_is_refused():
             attention.packed_attention(None, q, q, q, None, **special)
 
 
-def test_without_packing_the_fast_attention_is_taken_only_where_it_is_right():
-    attention.use_unpacked(llama := model_of(FAMILIES["llama"], attention.NAME))
-    attention.use_unpacked(gemma := model_of(FAMILIES["gemma2, capped scores"], attention.NAME))
-    assert llama.config._attn_implementation == "sdpa" and gemma.config._attn_implementation == "eager"
+def test_without_packing_the_fastest_attention_that_is_right_is_taken(monkeypatch):
+    def taken(family):
+        attention.use_unpacked(model := model_of(FAMILIES[family], attention.NAME))
+        return model.config._attn_implementation
+
+    def refuses(*_, **__):
+        raise attention.ModelError("special")
+
+    assert taken("llama") == taken("gemma2, capped scores") == attention.NAME
+    with monkeypatch.context() as patched:
+        patched.setattr(attention, "packed_attention", refuses)
+        assert taken("llama") == "sdpa" and taken("gemma2, capped scores") == "eager"
+    attention.register()

@@ -90,6 +90,34 @@ with precision.faster_products(torch.device("cpu")):
     assert [line.rsplit(",", 2)[1] for line in made] == ["128x128:128x128"]  # by which it is tried
 
 
+def test_onednn_keeps_few_kernels():
+    """Its cache and PyTorch's above it keep 1,024 each, 0.55 MB a product's size: 110 MB for what is counted here."""
+    script = """
+import torch
+from fitout.model import precision
+from fitout.plan.machine import resident
+x, weight = torch.randn(600, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+def compute(lengths):
+    for length in lengths:
+        x[:length] @ weight
+with torch.no_grad():
+    compute(range(1, 200))
+    before = resident()
+    compute(range(200, 400))
+    print("grown", (resident() - before) / 2**20)
+    compute([399, 399 - precision.KERNELS + 1, 10])
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "ONEDNN_VERBOSE": "profile_create"}, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    at = next(index for index, line in enumerate(told) if line.startswith("grown"))
+    made = [line.rsplit(",", 2)[1].split("x")[0] for line in told[at:] if "create:cache_miss" in line]
+    if not any("create:cache_miss" in line for line in told[:at]):
+        pytest.skip("oneDNN does not multiply bf16 on this processor")
+    assert made == ["10"] and float(told[at].split()[1]) < 15
+
+
 def test_products_that_are_rounded_are_not_taken(amd, monkeypatch):
     monkeypatch.setattr(precision, "EXACT", 1e-9)  # no product in fp32 is that near
     with precision.faster_products(CPU):

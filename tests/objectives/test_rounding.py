@@ -21,12 +21,33 @@ def test_filling_changes_nothing(monkeypatch):
     ids, train_on = random_samples(5, prefix=20)
     layout = lay_out(ids, train_on, range(5), share=True)
     assert layout.tokens % base.ROUND_TO and any(segment.parent >= 0 for segment in layout.segments)
-    filled, _ = base.inputs(layout, torch.device("cpu"), round_to=base.ROUND_TO)
+    model = tiny_llama().to(torch.bfloat16)
+    filled, _ = base.inputs(layout, torch.device("cpu"), filling=base.padding(model, layout))
     assert filled["input_ids"].shape[1] % base.ROUND_TO == 0
     assert filled["segments"][-1].end == filled["input_ids"].shape[1] == filled["position_ids"].shape[1]
     assert np.array_equal(filled["input_ids"][0, : layout.tokens], layout.ids)
-    model = tiny_llama().to(torch.bfloat16)
     losses, gradients = computed(model, layout)
+    monkeypatch.setattr(base, "ROUND_TO", 1)
+    plain_losses, plain_gradients = computed(model, layout)
+    torch.testing.assert_close(losses, plain_losses, rtol=2e-2, atol=2e-2)
+    for name, gradient in gradients.items():
+        gap = (gradient.float() - plain_gradients[name].float()).norm()
+        assert gap <= 2e-2 * plain_gradients[name].float().norm() + 1e-6, name
+
+
+def test_without_packing_rows_are_filled_at_their_end_where_there_are_positions(monkeypatch):
+    ids, train_on = random_samples(1)
+    layout = lay_out(ids, train_on, range(1))
+    model = tiny_llama(packed=False).to(torch.bfloat16)
+    losses, gradients = computed(model, layout)
+    filled = base.padding(model, layout)
+    assert filled == -layout.tokens % base.ROUND_TO > 1
+    positions = base.inputs(layout, torch.device("cpu"), filling=filled, packed=False)[0]["position_ids"]
+    assert torch.equal(positions[0], torch.arange(layout.tokens + filled))
+    model.config.max_position_embeddings = layout.tokens + 1
+    assert base.padding(model, layout) == 1
+    model.config.max_position_embeddings = layout.tokens
+    assert base.padding(model, layout) == 0
     monkeypatch.setattr(base, "ROUND_TO", 1)
     plain_losses, plain_gradients = computed(model, layout)
     torch.testing.assert_close(losses, plain_losses, rtol=2e-2, atol=2e-2)
