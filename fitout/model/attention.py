@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +77,8 @@ def packed_attention(
     if plain and varlen.serves(query, key, sliding_window):
         return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
 
-    seed = int(torch.randint(2**62, ())) if dropout else 0
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
-        with torch.random.fork_rng([q.device] if q.is_cuda else [], enabled=bool(dropout)):
+    def attend(seed: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+        with torch.autocast(kind, enabled=False), torch.random.fork_rng([q.device] if q.is_cuda else [], bool(dropout)):
             if dropout:
                 torch.manual_seed(seed)  # the same in the backward
             if softcap is not None or sinks is not None:
@@ -88,10 +87,12 @@ def packed_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )
 
+    def piece(*given: Tensor | None) -> Tensor:
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        return _Again.apply(partial(attend, seed), *given, s_aux)
+
     q, k, v = (x.float() if kind == "cpu" else x for x in (query, key, value))  # as _Documents, for its reasons
-    with torch.autocast(kind, enabled=False):
-        out = _piece_by_piece(q, k, v, segments, sliding_window, lambda *part: _Again.apply(attend, *part, s_aux))
-    return out.to(query.dtype), None
+    return _piece_by_piece(q, k, v, segments, sliding_window, piece).to(query.dtype), None
 
 
 def _piece_by_piece(

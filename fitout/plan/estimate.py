@@ -1,7 +1,8 @@
 """The arithmetic of a plan: bytes at the fullest moment of a run, term by term, and seconds a step.
 
-A run's memory has three moments that can be the fullest: loading (on a CPU), the end of a forward, the end of a
-backward; checkpoints are written straight from the tensors and need nothing more. Terms are bytes on one device.
+A run's memory has moments that can be the fullest: loading (on a CPU), the end of a forward and that of a backward, in
+training and, for what is chosen by its gradients, while it is chosen; checkpoints are written straight from the tensors
+and need nothing more. Terms are bytes on one device.
 
 What a layer keeps for the backward pass is a sum of its widths times the bytes in constants.json, which are read from
 the running code by `python -m benchmarks.planner_kept`. The machine's constants there are fitted by
@@ -100,6 +101,10 @@ def memory(shape: Shape, cost: Cost, setup: Setup, work: Work) -> Memory:
                                    activations + max(0.0, backward - loss), loss),
         "end of a backward": _terms(setup, kernels, parameters + copies, gradients, optimizer, backward, ends),
     }  # fmt: skip
+    if cost.scored:
+        scores, dense = 4.0 * cost.scored, float(cost.scored * (setup.width if cost.frozen_base else 4))
+        moments["a forward that chooses"] = _terms(setup, kernels, parameters + copies, scores, 0, activations, loss)
+        moments["a backward that chooses"] = _terms(setup, kernels, parameters + copies, scores + dense, 0, backward, 0)
     if setup.device == "cpu" and shape.file_bytes and _rewritten(shape, cost, setup):
         moments["loading"] = _terms(setup, framework, parameters + shape.file_bytes, 0, 0, 0, 0)
     name = max(moments, key=lambda one: sum(moments[one].values()))

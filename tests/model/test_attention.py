@@ -114,6 +114,9 @@ def test_dropout_drops_the_same_in_the_backward(cap):
     v.requires_grad_()
     one, other = (packed_attention(None, q, k, v, None, segments=TREE, dropout=0.3, softcap=cap)[0] for _ in range(2))
     assert not torch.equal(one, other)
+    same = [x[:, :, :20].repeat(1, 1, 2, 1) for x in (q, k, v.detach())]
+    twice = packed_attention(None, *same, None, segments=(Segment(0, 20), Segment(20, 40)), dropout=0.3)[0]
+    assert not torch.equal(*twice.chunk(2, 1))
     one.backward(slope.transpose(1, 2))
     torch.testing.assert_close((v.grad * v).sum(), (one * slope.transpose(1, 2)).sum(), rtol=1e-4, atol=1e-4)
 

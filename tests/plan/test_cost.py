@@ -112,6 +112,9 @@ def test_sparse_by_hand():
     assert found.trained == 2 * (10 + 5 + 5 + 10 + 20 + 20 + 20)
     assert found.weight_gradients == TINY.linear_weights
     assert cost.sparse(TINY, density=0.01, targets=["q_proj"]).trained == 2 * 10
+    assert found.scored == 0
+    large = cost.sparse(LLAMA_7B, density=0.01, by_gradient=True)
+    assert large.scored == 2**28 < LLAMA_7B.linear_weights  # of fp32 a GB, in turns
 
 
 def test_added_tokens_train_the_embeddings():

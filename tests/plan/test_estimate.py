@@ -98,6 +98,40 @@ def test_what_a_layer_keeps_is_what_autograd_saves(settings, precision):
     assert 0 <= once - weights < 4 * (settings.cost(shape).trained + 4 * 396)
 
 
+def test_what_is_there_while_entries_are_chosen_by_their_gradients():
+    """At the end of the second backward: each weight's gradient, and the sum of its scores from the first."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fitout.model.attention import NAME, register
+
+    register()
+    config = LlamaConfig(**SIZES, num_hidden_layers=3, attn_implementation=NAME)
+    settings, there = SparseSettings(density=0.01), []
+    method, model = methods.create(settings), LlamaForCausalLM(config)
+    method.apply(model)
+    layout = Layout(
+        np.arange(9), np.arange(9), (Segment(0, 9),), np.arange(3), np.arange(3), np.ones(3, np.float32),
+        np.zeros(3, np.int64),
+    )  # fmt: skip
+
+    def gradients():
+        for _ in range(2):
+            token_losses(model, layout)[0].backward()
+            there.append(made.alive())
+            yield
+
+    with Made(model) as made:
+        method.begin(model, gradients)
+    shape, work = shape_of(config.to_dict()), in_steps(MicroBatch(9, 3, (9,), 45), 2)
+    scored = settings.cost(shape).scored
+    assert there[1] - there[0] == 4 * scored and there[1] == pytest.approx(8 * scored, rel=0.02)
+    chooses, drawn = (memory(shape, SparseSettings(select=how).cost(shape), Setup("fp32"), work).moments
+                      for how in ("gradient", "random"))  # fmt: skip
+    assert {f"a {what} that chooses" for what in ("forward", "backward")} == {*chooses} - {*drawn}
+    trained = 12 * settings.cost(shape).trained  # has no gradient and no moments yet
+    assert chooses["a backward that chooses"] == drawn["end of a backward"] + 8 * scored - trained
+
+
 def test_frozen_attention_keeps_no_input_of_its_own():
     shape = shape_of({"model_type": "llama", **SIZES, "num_hidden_layers": 1})
     settings = FullSettings(freeze=["*.self_attn"])

@@ -198,7 +198,8 @@ class SparseSettings(_Settings):
     def cost(self, shape: Shape) -> Cost:
         from . import cost
 
-        return cost.sparse(shape, density=self.density, targets=self.targets)
+        by_gradient = self.select == "gradient" or self.redraw_every is not None
+        return cost.sparse(shape, density=self.density, targets=self.targets, by_gradient=by_gradient)
 
 
 class AutoSettings(_Settings):

@@ -39,7 +39,8 @@ class Cost:
     the method's own narrow products, forward and backward, over all layers; `calls` narrow products a layer, forward
     and backward counted once; `call_flops` and `call_numbers` a micro-batch in what does not depend on its tokens
     (norms of weights, unpacking 4-bit weights). `transient` numbers, in the compute dtype, of the largest matrix that
-    is formed anew while a layer is computed. `libraries` bytes are taken in main memory by packages that the method
+    is formed anew while a layer is computed. `scored` numbers have gradients and fp32 scores at once while it is chosen
+    what is trained. `libraries` bytes are taken in main memory by packages that the method
     alone needs.
     """
 
@@ -60,8 +61,10 @@ class Cost:
     call_numbers: int = 0
     transient: int = 0
     libraries: int = 0
+    scored: int = 0
 
 
+SCORE_BYTES = 1 << 30  # of dense fp32 scores alive at once while entries are chosen by gradient
 BITSANDBYTES = 45_000_000  # bytes that importing it takes (measured)
 
 
@@ -203,9 +206,12 @@ def adapter(shape: Shape, *, style: str = "pfeiffer", reduction: float = 16, act
     )
 
 
-def sparse(shape: Shape, *, density: float, targets: Targets = "all-linear", index_bytes: int = 8) -> Cost:
+def sparse(
+    shape: Shape, *, density: float, targets: Targets = "all-linear", by_gradient: bool = False, index_bytes: int = 8
+) -> Cost:
     """A fraction of the targeted matrices' entries (Ansell et al., arXiv 2401.16405): values and indices of those; the
-    gradient of one whole matrix is formed at a time, and only the chosen entries of it are kept."""
+    gradient of one whole matrix is formed at a time, and only the chosen entries of it are kept. Chosen `by_gradient`,
+    whole gradients and their sums are there while they are."""
     chosen = targeted(shape, targets)
     entries = shape.layers * sum(max(1, round(density * linear.weights)) for linear in chosen)
     weights = shape.layers * sum(linear.weights for linear in chosen)
@@ -217,6 +223,7 @@ def sparse(shape: Shape, *, density: float, targets: Targets = "all-linear", ind
         weight_gradients=weights,
         call_numbers=2 * weights,
         transient=2 * max((linear.weights for linear in chosen), default=0),
+        scored=min(weights, SCORE_BYTES // 4) if by_gradient else 0,
     )
 
 

@@ -27,10 +27,10 @@ from ..fused import sparse_linear
 from ..load import write_tensors
 from . import SparseSettings
 from .base import Gradients, Method, fill, freeze_base, linear_layers, trainable
+from .cost import SCORE_BYTES
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # torch's, at the first sparse product
 
-SCORE_BYTES = 1 << 30  # of dense scores alive at once while entries are chosen by gradient
 FIRST_STEPS, NEXT_STEPS = 8, 4  # steps whose gradients choose entries: at the start, and at a re-draw
 FIRST_SHARE = 0.2  # of the entries that the first re-draw replaces; falls linearly to none at the end
 
