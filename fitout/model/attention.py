@@ -10,7 +10,6 @@ copy of a shared prefix's keys (measured in ../benchmarks).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +57,7 @@ def packed_attention(
         raise ModelError(
             f"this model's attention is special ({', '.join(special) or 'not causal'}), which packed attention is not",
             harm="Leaving that out would train another model than the one that is served.",
-            hint="Set data.packing: false for this model.",
+            hint="Set data.packing: false for this model, which then keeps its own attention.",
         )
     if segments is None:
         segments = (Segment(0, query.shape[2]),)
@@ -79,19 +78,24 @@ def packed_attention(
 
     def attend(seed: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         with torch.autocast(kind, enabled=False), torch.random.fork_rng([q.device] if q.is_cuda else [], bool(dropout)):
-            if dropout:
-                torch.manual_seed(seed)  # the same in the backward
+            if dropout:  # the same in the backward
+                generator = torch.cuda.default_generators[q.device.index] if q.is_cuda else torch.default_generator
+                generator.manual_seed(seed)
             if softcap is not None or sinks is not None:
                 return _explicit(q, k, v, mask, scaling, softcap, sinks, dropout)
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )
 
-    def piece(*given: Tensor | None) -> Tensor:
+    def piece(*given: Any) -> Tensor:
         seed = int(torch.randint(2**62, ())) if dropout else 0
-        return _Again.apply(partial(attend, seed), *given, s_aux)
+        compute: Callable[..., Tensor] = partial(attend, seed)
+        if plain and kind != "cpu":  # a kernel that keeps no scores
+            return compute(*given, None)
+        return _Again.apply(compute, *given, s_aux)
 
-    q, k, v = (x.float() if kind == "cpu" else x for x in (query, key, value))  # as _Documents, for its reasons
+    low = kind == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    q, k, v = (x.float() if low else x for x in (query, key, value))  # as _Documents, for its reasons
     return _piece_by_piece(q, k, v, segments, sliding_window, piece).to(query.dtype), None
 
 
@@ -143,7 +147,7 @@ def _explicit(
 
 
 class _Again(torch.autograd.Function):
-    """One piece of attention by PyTorch's own operations, of which nothing is kept: the backward computes it again."""
+    """One piece of attention by PyTorch's own operations, which keep no scores: the backward computes it again."""
 
     @staticmethod
     def forward(ctx: Any, attend: Callable[..., Tensor], *given: Tensor | None):
@@ -317,25 +321,19 @@ def unlike_own(model: PreTrainedModel, kind: str) -> float:
     logits = []
     try:
         for each in ("eager", kind):
-            model.set_attn_implementation(each)
+            take(model, each)
             logits.append(model(input_ids=ids, use_cache=False).logits.float())
     finally:
-        model.set_attn_implementation(before)
+        take(model, before)
         model.train(training)
     return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
     """Why this model cannot be trained on packed documents, or None. Asks the model itself."""
-    try:
-        gap = unlike_own(model, NAME)
-        moved = documents_apart(model)
-    except ModelError as error:
-        return error.message
-    if gap > UNLIKE[model.dtype]:
-        return (
-            f"packed attention does not compute what this model's own does (logits differ by {gap:.2g} of the largest)"
-        )
+    if why := _why_unlike(model):
+        return why
+    moved = documents_apart(model)
     if moved is None:
         return "whether packed documents see each other cannot be shown (logits did not move)"
     return f"this model carries information across packed documents (logits moved by {moved:.2g})" if moved else None
@@ -344,11 +342,67 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
 def use_unpacked(model: PreTrainedModel) -> None:
     """Gives the model packed attention on one document at a time, or transformers' fast one, where that computes what
     the model's own does, else its own."""
-    for kind in (NAME, *(["sdpa"] if getattr(model, "_supports_sdpa", False) else [])):
-        with suppress(ModelError):
-            if unlike_own(model, kind) <= UNLIKE[model.dtype]:
-                return model.set_attn_implementation(kind)
-    model.set_attn_implementation("eager")
+    if _why_unlike(model) is None:
+        return take(model, NAME)
+    fast = getattr(model, "_supports_sdpa", False) and takes_others(model)
+    take(model, "sdpa" if fast and unlike_own(model, "sdpa") <= UNLIKE[model.dtype] else "eager")
+
+
+def _why_unlike(model: PreTrainedModel) -> str | None:
+    """What packed attention does not compute as this model's own does, or None."""
+    try:
+        gap = unlike_own(model, NAME)
+        lost = _what_is_lost(model)
+    except ModelError as error:
+        return error.message
+    if gap > UNLIKE[model.dtype]:
+        return (
+            f"packed attention does not compute what this model's own does (logits differ by {gap:.2g} of the largest)"
+        )
+    return lost
+
+
+@torch.no_grad()
+def _what_is_lost(model: PreTrainedModel) -> str | None:
+    """What this architecture tells its attention by a mask alone, which packed attention has none of. The few tokens of
+    `unlike_own` do not show it."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    if "chunked_attention" in kinds:
+        return "this model attends in chunks, which packed attention does not"
+    original, windows = ALL_ATTENTION_FUNCTIONS[NAME], []
+
+    def noted(*given: Any, **more: Any) -> Any:
+        windows.append(more.get("sliding_window") is not None)
+        return original(*given, **more)
+
+    before = model.config._attn_implementation
+    take(model, NAME)
+    AttentionInterface.register(NAME, noted)
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+    finally:
+        AttentionInterface.register(NAME, original)
+        take(model, before)
+    missing = kinds.count("sliding_attention") - sum(windows) if kinds else 0
+    return f"{missing} of this model's layers tell packed attention no window" if missing > 0 else None
+
+
+def takes_others(model: PreTrainedModel) -> bool:
+    """Whether this architecture takes its attention from transformers' table of them, not from its own code alone."""
+    return getattr(model, "_can_set_attn_implementation", lambda: True)()
+
+
+def take(model: PreTrainedModel, kind: str) -> None:
+    """Has the model compute attention by `kind`. Raises ModelError where its own code is all there is: "eager"."""
+    if takes_others(model):
+        model.set_attn_implementation(kind)
+    elif kind == "eager":
+        model.config._attn_implementation = kind  # by which transformers makes the mask
+    else:
+        raise ModelError("attention is part of this model's own code, where packed attention cannot stand")
 
 
 def register() -> None:

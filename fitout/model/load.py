@@ -17,7 +17,7 @@ from ..files import atomic_path, errors_of_the_system, read_json
 from ..rundir import RunDir
 from . import EMBEDDED
 from .attention import NAME as PACKED
-from .attention import register
+from .attention import register, take, takes_others
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,20 +199,28 @@ def load_base(
             )
         shape.config.use_cache = False
         return shape
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+
+    def loaded(attention: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
-            attn_implementation=PACKED if packed else "sdpa",
+            attn_implementation=attention,
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             **(extra or {}),
         )
+
+    try:
+        try:
+            model, info = loaded(PACKED if packed else "sdpa")
+        except KeyError:  # an architecture with a table of its own, of what it knows (Falcon)
+            model, info = loaded("eager")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _cannot_load(base, error) from error
-    model, info = loaded
+    if packed and not takes_others(model):
+        take(model, "eager")
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(

@@ -266,7 +266,7 @@ def why_not() -> str | None:
     """Why nothing here is used on this machine, or None."""
     try:
         _library()
-        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(False), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
             return _differs()
     except (Missing, FitoutError, OSError, RuntimeError) as error:
         return str(error)

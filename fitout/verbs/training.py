@@ -188,7 +188,7 @@ def _settle_attention(model: Any, backend: Backend) -> str | None:
     """Why packed attention does not serve this model, or None: it computes what the model's own does, and keeps
     documents apart. Where it does not, each sample gets a forward of its own, by the fastest attention that is right.
     A model without values is not asked."""
-    from ..model.attention import NAME, use_unpacked, why_not_packed
+    from ..model.attention import NAME, take, use_unpacked, why_not_packed
 
     has_values = backend.main or not backend.spreads
     why = why_not_packed(model) if has_values else None
@@ -196,7 +196,7 @@ def _settle_attention(model: Any, backend: Backend) -> str | None:
         return None
     if has_values:
         use_unpacked(model)
-    model.set_attn_implementation(backend.agree(model.config._attn_implementation, (NAME, "sdpa", "eager")))
+    take(model, backend.agree(model.config._attn_implementation, (NAME, "sdpa", "eager")))
     return why or "packed attention does not serve this model"
 
 

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 
 from fitout.data.pack import lay_out
 from fitout.model import attention
+from fitout.model.load import load_base
 from fitout.objectives.base import inputs
 from tests.conftest import random_samples
 
@@ -86,6 +100,54 @@ def test_an_attention_that_drops_what_is_special_is_found_out(family, dropped, m
     finally:
         attention.register()
     assert attention.why_not_packed(model) is None
+
+
+OWN = {
+    "bloom": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+    "mpt": MptConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=2, max_seq_len=256),
+    "codegen": CodeGenConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256),
+}
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_attention_in_the_models_own_code_stays_and_looks_at_nothing_later(family, tmp_path):
+    """transformers makes such a model no mask when another attention is asked for, and hands it to nobody."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(OWN[family]).save_pretrained(tmp_path)
+    model = load_base(str(tmp_path)).eval()
+    assert "own code" in attention.why_not_packed(model)
+    attention.use_unpacked(model)
+    ids = torch.arange(20)[None]
+    later = ids.clone()
+    later[0, 12:] += 30
+    a, b = (model(input_ids=x, position_ids=torch.arange(20)[None], use_cache=False).logits[0] for x in (ids, later))
+    torch.testing.assert_close(a[:12], b[:12], rtol=0, atol=1e-5)
+    assert not torch.allclose(a[12:], b[12:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (
+            Llama4TextConfig(**SMALL, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=50),
+            "in chunks",
+        ),
+        (
+            Qwen2MoeConfig(
+                **SMALL, use_sliding_window=True, sliding_window=50, max_window_layers=2, num_experts=4,
+                moe_intermediate_size=16, shared_expert_intermediate_size=16,
+            ),
+            "1 of this model's layers tell packed attention no window",
+        ),
+    ],
+    ids=["llama4", "qwen2 moe"],
+)  # fmt: skip
+def test_what_only_a_mask_says_is_found_though_40_tokens_do_not_show_it(config, why):
+    model = model_of(config, attention.NAME)
+    assert why in attention.why_not_packed(model)
+    attention.use_unpacked(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_special_attention_that_is_not_computed_is_refused():

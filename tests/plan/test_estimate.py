@@ -128,8 +128,11 @@ def test_what_is_there_while_entries_are_chosen_by_their_gradients():
     chooses, drawn = (memory(shape, SparseSettings(select=how).cost(shape), Setup("fp32"), work).moments
                       for how in ("gradient", "random"))  # fmt: skip
     assert {f"a {what} that chooses" for what in ("forward", "backward")} == {*chooses} - {*drawn}
-    trained = 12 * settings.cost(shape).trained  # has no gradient and no moments yet
+    trained = 4 * settings.cost(shape).trained  # has no gradient yet
     assert chooses["a backward that chooses"] == drawn["end of a backward"] + 8 * scored - trained
+    assert chooses["a forward that chooses"] <= drawn["end of a forward"] + 8 * scored - trained
+    once = memory(shape, settings.cost(shape), Setup("fp32"), in_steps(MicroBatch(9, 3, (9,), 45), 1)).moments
+    assert chooses["a forward that chooses"] - once["a forward that chooses"] == 4 * scored
 
 
 def test_frozen_attention_keeps_no_input_of_its_own():
