@@ -102,7 +102,7 @@ class _LoraLinear(torch.autograd.Function):
         out = F.linear(flat, weight, bias).addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scale = scale
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return _shaped(out, *x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
@@ -115,6 +115,11 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, a).view(*grads[0].shape[:-1], weight.shape[1])
         return grad_x, None, None, grad_a, grad_b, None
+
+
+def _shaped(out: Tensor, *shape: int) -> Tensor:
+    """In this shape, but for autograd no view: some models (Falcon) add to what a layer gives, in place."""
+    return torch.ops.aten._unsafe_view(out, shape)
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -282,7 +287,7 @@ class _AdaptedLinear(torch.autograd.Function):
             scaled = out.mul_(magnitude / norm)
         if bias is not None:
             out = out + bias if scaled is not None else out.add_(bias)
-        out = out.view(shape)
+        out = _shaped(out, *shape)
         ctx.save_for_backward(flat, low, a, b, magnitude, norm, out if bias is None and scaled is not None else scaled)
         ctx.weigh, ctx.scale = weigh, scale
         return out

@@ -22,6 +22,7 @@ from transformers import (
 from fitout.data.pack import lay_out
 from fitout.model import attention
 from fitout.model.load import load_base
+from fitout.model.methods import AdapterSettings, LoraSettings, SparseSettings, create
 from fitout.objectives.base import inputs
 from tests.conftest import random_samples
 
@@ -124,6 +125,28 @@ def test_attention_in_the_models_own_code_stays_and_looks_at_nothing_later(famil
     a, b = (model(input_ids=x, position_ids=torch.arange(20)[None], use_cache=False).logits[0] for x in (ids, later))
     torch.testing.assert_close(a[:12], b[:12], rtol=0, atol=1e-5)
     assert not torch.allclose(a[12:], b[12:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LoraSettings(rank=2), AdapterSettings(reduction=4), SparseSettings(select="random")],
+    ids=lambda one: one.kind,
+)
+def test_a_model_may_add_to_what_a_layer_gives_in_place(settings):
+    """Falcon does; the gradients are those of a copy that is added to."""
+    found = []
+    for hook in (None, lambda _module, _given, out: out.clone()):
+        torch.manual_seed(0)
+        model, method = AutoModelForCausalLM.from_config(OWN["falcon"], attn_implementation="eager"), create(settings)
+        method.apply(model)
+        for name, module in model.named_modules():
+            if hook and name.endswith(("dense", "dense_4h_to_h")):
+                module.register_forward_hook(hook)
+        ids = torch.arange(20)[None]
+        model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0] and found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize(
