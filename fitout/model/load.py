@@ -215,7 +215,7 @@ def load_base(
     try:
         try:
             model, info = loaded(PACKED if packed else "sdpa")
-        except KeyError:  # an architecture with a table of its own, of what it knows (Falcon)
+        except (KeyError, ValueError):  # an architecture that has a table of its own (Falcon), or one attention (Bloom)
             model, info = loaded("eager")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _cannot_load(base, error) from error

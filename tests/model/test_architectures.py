@@ -116,6 +116,7 @@ def test_attention_in_the_models_own_code_stays_and_looks_at_nothing_later(famil
     """transformers makes such a model no mask when another attention is asked for, and hands it to nobody."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(OWN[family]).save_pretrained(tmp_path)
+    load_base(str(tmp_path), packed=False)
     model = load_base(str(tmp_path)).eval()
     assert "own code" in attention.why_not_packed(model)
     attention.use_unpacked(model)
