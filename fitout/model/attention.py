@@ -331,21 +331,26 @@ def unlike_own(model: PreTrainedModel, kind: str) -> float:
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
     """Why this model cannot be trained on packed documents, or None. Asks the model itself."""
-    if why := _why_unlike(model):
-        return why
+    return _why_unlike(model) or _why_not_apart(model)
+
+
+def settle(model: PreTrainedModel) -> str | None:
+    """Gives the model packed attention, or transformers' fast one, where that computes what the model's own does, else
+    its own. Returns why it cannot be trained on packed documents, or None."""
+    why = _why_unlike(model)
+    if why is None:
+        take(model, NAME)
+        return _why_not_apart(model)
+    fast = getattr(model, "_supports_sdpa", False) and takes_others(model)
+    take(model, "sdpa" if fast and unlike_own(model, "sdpa") <= UNLIKE[model.dtype] else "eager")
+    return why
+
+
+def _why_not_apart(model: PreTrainedModel) -> str | None:
     moved = documents_apart(model)
     if moved is None:
         return "whether packed documents see each other cannot be shown (logits did not move)"
     return f"this model carries information across packed documents (logits moved by {moved:.2g})" if moved else None
-
-
-def use_unpacked(model: PreTrainedModel) -> None:
-    """Gives the model packed attention on one document at a time, or transformers' fast one, where that computes what
-    the model's own does, else its own."""
-    if _why_unlike(model) is None:
-        return take(model, NAME)
-    fast = getattr(model, "_supports_sdpa", False) and takes_others(model)
-    take(model, "sdpa" if fast and unlike_own(model, "sdpa") <= UNLIKE[model.dtype] else "eager")
 
 
 def _why_unlike(model: PreTrainedModel) -> str | None:

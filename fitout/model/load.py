@@ -188,15 +188,17 @@ def load_base(
     _check_folder(base)
     register()
     logging.disable_progress_bar()
+    asked = PACKED if packed else "sdpa"
     if empty:
         config = load_config(base, revision=revision, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            shape: Any = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=PACKED if packed else "sdpa",
-                trust_remote_code=trust_remote_code,
-            )
+
+        def made(attention: str) -> Any:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+                )
+
+        shape = _or_eager(made, asked)
         shape.config.use_cache = False
         return shape
 
@@ -213,10 +215,7 @@ def load_base(
         )
 
     try:
-        try:
-            model, info = loaded(PACKED if packed else "sdpa")
-        except (KeyError, ValueError):  # an architecture that has a table of its own (Falcon), or one attention (Bloom)
-            model, info = loaded("eager")
+        model, info = _or_eager(loaded, asked)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _cannot_load(base, error) from error
     if packed and not takes_others(model):
@@ -234,6 +233,14 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights, with a loss and
             module.support_avx512bf16_for_cpu = False  # without a way back, in the first forward of an evaluation
     return model.to(device)
+
+
+def _or_eager(make: Callable[[str], Any], attention: str) -> Any:
+    """A model with the attention, or its own where its architecture knows none of the name (Falcon) or one (Bloom)."""
+    try:
+        return make(attention)
+    except (KeyError, ValueError):
+        return make("eager")
 
 
 def load_config(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

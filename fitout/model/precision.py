@@ -118,7 +118,7 @@ def onednn_multiplies() -> bool:
 @contextmanager
 def any_size() -> Iterator[None]:
     """Has PyTorch's choice multiply in the block what oneDNN multiplies around it: products whose sizes do not come
-    again, such as one document's scores, for each of which it would keep a kernel (800 MB after 3 steps of Alpaca)."""
+    again, such as one document's scores, for each of which it would compile a kernel."""
     if not onednn_multiplies():
         yield
         return

@@ -103,11 +103,12 @@ def memory(shape: Shape, cost: Cost, setup: Setup, work: Work) -> Memory:
     }  # fmt: skip
     if cost.scored:
         scores, dense = 4.0 * cost.scored, float(cost.scored * (setup.width if cost.frozen_base else 4))
-        before = dense if work.most_micro_batches > 1 else 0.0  # of the step's micro-batches before
-        for what, held, more in (("forward", before, activations), ("backward", dense, backward)):
-            moments[f"a {what} that chooses"] = _terms(
-                setup, kernels, parameters + copies, scores + held, optimizer, more, loss if what == "forward" else 0.0
-            )
+        held = scores + (dense if work.most_micro_batches > 1 else 0.0)  # of the step's micro-batches before
+        moments |= {
+            "a forward that chooses": _terms(setup, kernels, parameters + copies, held, optimizer, activations, loss),
+            "a backward that chooses": _terms(setup, kernels, parameters + copies, scores + dense, optimizer, backward,
+                                              0),
+        }  # fmt: skip
     if setup.device == "cpu" and shape.file_bytes and _rewritten(shape, cost, setup):
         moments["loading"] = _terms(setup, framework, parameters + shape.file_bytes, 0, 0, 0, 0)
     name = max(moments, key=lambda one: sum(moments[one].values()))

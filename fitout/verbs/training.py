@@ -188,16 +188,12 @@ def _settle_attention(model: Any, backend: Backend) -> str | None:
     """Why packed attention does not serve this model, or None: it computes what the model's own does, and keeps
     documents apart. Where it does not, each sample gets a forward of its own, by the fastest attention that is right.
     A model without values is not asked."""
-    from ..model.attention import NAME, take, use_unpacked, why_not_packed
+    from ..model.attention import NAME, settle, take
 
-    has_values = backend.main or not backend.spreads
-    why = why_not_packed(model) if has_values else None
-    if backend.agree("plain" if why else "packed", ("packed", "plain")) == "packed":
-        return None
-    if has_values:
-        use_unpacked(model)
+    why = settle(model) if backend.main or not backend.spreads else None
+    packs = backend.agree("plain" if why else "packed", ("packed", "plain")) == "packed"
     take(model, backend.agree(model.config._attn_implementation, (NAME, "sdpa", "eager")))
-    return why or "packed attention does not serve this model"
+    return None if packs else why or "packed attention does not serve this model"
 
 
 TOLD = 1  # seconds of compiling that are worth a line

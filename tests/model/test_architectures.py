@@ -21,6 +21,7 @@ from transformers import (
 
 from fitout.data.pack import lay_out
 from fitout.model import attention
+from fitout.model.fused import adapted_linear
 from fitout.model.load import load_base
 from fitout.model.methods import AdapterSettings, LoraSettings, SparseSettings, create
 from fitout.objectives.base import inputs
@@ -117,9 +118,10 @@ def test_attention_in_the_models_own_code_stays_and_looks_at_nothing_later(famil
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(OWN[family]).save_pretrained(tmp_path)
     load_base(str(tmp_path), packed=False)
+    assert next(load_base(str(tmp_path), empty=True).parameters()).is_meta
     model = load_base(str(tmp_path)).eval()
     assert model.config._attn_implementation == "eager" and "own code" in attention.why_not_packed(model)
-    attention.use_unpacked(model)
+    attention.settle(model)
     ids = torch.arange(20)[None]
     later = ids.clone()
     later[0, 12:] += 30
@@ -150,6 +152,14 @@ def test_a_model_may_add_to_what_a_layer_gives_in_place(settings):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_a_layer_over_4_bit_weights_may_be_added_to_in_place():
+    weight, a, b = torch.randn(6, 5), torch.randn(2, 5, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    out = adapted_linear(torch.randn(1, 3, 5), lambda dtype: weight.to(dtype), None, a, b, 0.5)
+    out += 1
+    out.sum().backward()
+    assert a.grad.any() and b.grad.any()
+
+
 @pytest.mark.parametrize(
     ("config", "why"),
     [
@@ -170,7 +180,7 @@ def test_a_model_may_add_to_what_a_layer_gives_in_place(settings):
 def test_what_only_a_mask_says_is_found_though_40_tokens_do_not_show_it(config, why):
     model = model_of(config, attention.NAME)
     assert why in attention.why_not_packed(model)
-    attention.use_unpacked(model)
+    attention.settle(model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -183,7 +193,7 @@ def test_special_attention_that_is_not_computed_is_refused():
 
 def test_without_packing_the_fastest_attention_that_is_right_is_taken(monkeypatch):
     def taken(family):
-        attention.use_unpacked(model := model_of(FAMILIES[family], attention.NAME))
+        attention.settle(model := model_of(FAMILIES[family], attention.NAME))
         return model.config._attn_implementation
 
     def refuses(*_, **__):

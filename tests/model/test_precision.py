@@ -62,8 +62,8 @@ def test_onednn_multiplies_only_while_a_training_computes(amd):
 
 @pytest.mark.skipif(precision.has_amx(), reason="oneDNN rounds here")
 def test_onednn_keeps_no_kernel_for_each_document():
-    """Scores by PyTorch's kernels are products of another size for each document: 1,475 MB instead of 748 after three
-    steps of Alpaca rows. Counted by what oneDNN says that it makes."""
+    """Scores by PyTorch's kernels are products of another size for each document. Counted by what oneDNN says that it
+    makes."""
     script = """
 import torch
 from fitout.layout import Segment

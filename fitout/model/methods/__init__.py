@@ -198,8 +198,7 @@ class SparseSettings(_Settings):
     def cost(self, shape: Shape) -> Cost:
         from . import cost
 
-        by_gradient = self.select == "gradient"
-        return cost.sparse(shape, density=self.density, targets=self.targets, by_gradient=by_gradient)
+        return cost.sparse(shape, density=self.density, targets=self.targets, by_gradient=self.select == "gradient")
 
 
 class AutoSettings(_Settings):

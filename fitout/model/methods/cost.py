@@ -40,8 +40,7 @@ class Cost:
     and backward counted once; `call_flops` and `call_numbers` a micro-batch in what does not depend on its tokens
     (norms of weights, unpacking 4-bit weights). `transient` numbers, in the compute dtype, of the largest matrix that
     is formed anew while a layer is computed. `scored` numbers have gradients and fp32 scores at once while it is chosen
-    what is trained. `libraries` bytes are taken in main memory by packages that the method
-    alone needs.
+    what is trained. `libraries` bytes are taken in main memory by packages that the method alone needs.
     """
 
     trained: int
