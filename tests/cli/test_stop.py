@@ -15,7 +15,7 @@ from tests.cli.command import fitout, half_written, recipe, rows
 MOMENTS = {  # something that is called while the verb does it
     "preparing": "fitout.data.prepare.split",
     "writing the data": "fitout.data.prepare.write_page",
-    "loading the model": "fitout.model.attention.why_not_packed",
+    "loading the model": "fitout.model.attention.settle",
     "writing the adapter": "fitout.export.write.save_chat",
     "answering": "fitout.engine.Engine.generate",
     "merging": "fitout.export.merge.logits",
