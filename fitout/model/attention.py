@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..layout import Segment, ends, reaches
 from . import native, varlen
+from .dense import dense
 from .precision import any_size
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def packed_attention(
     if torch.is_autocast_enabled(kind):  # which casts for PyTorch's own attention only; turned queries are fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     plain = softcap is None and s_aux is None and not dropout
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kind == "cpu" and not dropout:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.autocast("cpu", enabled=False):  # scores stay fp32
             if native.serves(query, key, value, segments):
                 rules = native.Rules(scale, sliding_window, softcap)
@@ -74,7 +75,7 @@ def packed_attention(
             if plain and (sliding_window is None or max(reaches(segments)) <= sliding_window):
                 return _Documents.apply(query, key, value, segments, scale), None
     if plain and varlen.serves(query, key, sliding_window):
-        return varlen.varlen_attention(query, key, value, segments, scaling, sliding_window), None
+        return varlen.varlen_attention(query, key, value, segments, scale, sliding_window), None
 
     def attend(seed: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         with torch.autocast(kind, enabled=False), torch.random.fork_rng([q.device] if q.is_cuda else [], bool(dropout)):
@@ -82,9 +83,10 @@ def packed_attention(
                 generator = torch.cuda.default_generators[q.device.index] if q.is_cuda else torch.default_generator
                 generator.manual_seed(seed)
             if softcap is not None or sinks is not None:
-                return _explicit(q, k, v, mask, scaling, softcap, sinks, dropout)
+                seen = _mask(q.shape[2], k.shape[2], None, q.device) if mask is None else mask
+                return dense(q, k, v, seen, scale, cap=softcap, sinks=sinks, dropout=dropout)
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
             )
 
     def piece(*given: Any) -> Tensor:
@@ -121,29 +123,6 @@ def _piece_by_piece(
         mask = _mask(segment.length, k.shape[2], window, query.device) if len(family) > 1 or windowed else None
         outputs.append(attend(queries[index], k, v, mask))
     return torch.cat(outputs, 2).transpose(1, 2)
-
-
-def _explicit(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """Attention written out, for what PyTorch's kernels do not compute; the scores are there all at once."""
-    scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = _mask(query.shape[2], key.shape[2], None, query.device)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], -1)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return weights[..., : key.shape[2]] @ value
 
 
 class _Again(torch.autograd.Function):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import FitoutError
 from ..layout import Segment, ends, reaches, seen
+from .dense import dense
 from .library import Missing, load
 from .precision import instructions
 
@@ -371,15 +372,11 @@ def _gap_by(
     found = [out, *slopes(along, q, k, v, out, norm, segments, rules)]
     with torch.enable_grad():
         leaves = [x.double().requires_grad_() for x in (q, k, v, *(() if sinks is None else (sinks,)))]
-        queries, keys, values = leaves[0], *(x.repeat_interleave(2, 1) for x in leaves[1:3])
-        scores = queries @ keys.transpose(2, 3) * rules.scale
-        if rules.cap:
-            scores = rules.cap * torch.tanh(scores / rules.cap)
-        scores = scores.masked_fill(~torch.from_numpy(seen(segments, rules.window)), -torch.inf)
         if sinks is not None:
-            scores = torch.cat([scores, leaves[3].view(1, -1, 1, 1).expand(1, 4, 110, 1)], -1)
             found.append(sink_slopes(along, out, norm, sinks))
-        right = (scores.softmax(-1)[..., :110] @ values).transpose(1, 2)
+        looks = torch.from_numpy(seen(segments, rules.window))
+        more = {"cap": rules.cap, "sinks": None if sinks is None else leaves[3]}
+        right = dense(*leaves[:3], looks, rules.scale, **more).transpose(1, 2)
         return max(
             _gap(a, b) for a, b in zip(found, (right, *torch.autograd.grad(right, leaves, along.double())), strict=True)
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,20 +93,9 @@ def faster_products(device: torch.device) -> Iterator[None]:
     PyTorch hands fp32 products to oneDNN when it may round their factors to bf16, which oneDNN does where there is AMX;
     so not there, and not where a product shows that it did.
     """
-    if device.type != "cpu" or not _mkl_is_slow() or onednn_multiplies():
+    there = device.type == "cpu" and _mkl_is_slow() and not onednn_multiplies()
+    with _fp32_products("bf16") if there and _onednn_is_exact() else nullcontext():
         yield
-        return
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    try:
-        setting.fp32_precision = "bf16"
-        a, b = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
-        exact = a.double() @ b.double()
-        if not float((a @ b - exact).abs().max() / exact.abs().max()) <= EXACT:
-            setting.fp32_precision = before
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def onednn_multiplies() -> bool:
@@ -119,15 +108,27 @@ def onednn_multiplies() -> bool:
 def any_size() -> Iterator[None]:
     """Has PyTorch's choice multiply in the block what oneDNN multiplies around it: products whose sizes do not come
     again, such as one document's scores, for each of which it would compile a kernel."""
-    if not onednn_multiplies():
+    with _fp32_products("ieee") if onednn_multiplies() else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def _fp32_products(how: str) -> Iterator[None]:
+    """`bf16`: by oneDNN; `ieee`: by PyTorch's choice."""
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    setting.fp32_precision = "ieee"
+    before = setting.fp32_precision
+    setting.fp32_precision = how
     try:
         yield
     finally:
-        setting.fp32_precision = "bf16"
+        setting.fp32_precision = before
+
+
+def _onednn_is_exact() -> bool:
+    a, b = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    with _fp32_products("bf16"):
+        return float((a @ b - exact).abs().max() / exact.abs().max()) <= EXACT
 
 
 def _mkl_is_slow() -> bool:

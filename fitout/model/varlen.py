@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Segment, seen
+from .dense import dense
 from .send import send
 
 DTYPES = (torch.bfloat16, torch.float16)  # what flash attention computes in
@@ -38,7 +39,7 @@ def serves(query: Tensor, key: Tensor, window: int | None) -> bool:
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, window: int | None
 ) -> Tensor:
     """query (1, H, T, D), key and value (1, K, T, D); returns (1, T, H, D). A token sees its own segment up to itself
     and all of its ancestors, or the last `window` tokens of these."""
@@ -51,7 +52,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     segments: Sequence[Segment],
-    scale: float | None,
+    scale: float,
     window: int | None,
 ) -> Tensor:
     looked_at, ends_q, ends_k, longest_q, longest_k = _sequences(tuple(segments), query.device)
@@ -126,6 +127,7 @@ def trial(
         (1, 2, length, width),
         (1, length, 2 * groups, width),
     ]
+    scale = width**-0.5
     numbers = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
     def outcome(attend: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
@@ -134,15 +136,7 @@ def trial(
         out.backward(numbers[3].to(kind))
         return [x.detach().float() for x in (out, q.grad, k.grad, v.grad) if x is not None]
 
-    ours = outcome(lambda q, k, v: _attend(kernel, q, k, v, TRIAL, None, window), dtype)
-    truth = outcome(lambda q, k, v: _dense(q, k, v, TRIAL, window), torch.float32)
+    ours = outcome(lambda q, k, v: _attend(kernel, q, k, v, TRIAL, scale, window), dtype)
+    looks = torch.from_numpy(seen(TRIAL, window)).to(device)
+    truth = outcome(lambda q, k, v: dense(q, k, v, looks, scale).transpose(1, 2), torch.float32)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, truth, strict=True))
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], window: int | None) -> Tensor:
-    """The slow obvious computation: one softmax over all tokens, everything that is not seen at minus infinity."""
-    groups = query.shape[1] // key.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (key, value))
-    scores = (query @ k.transpose(2, 3)) * query.shape[-1] ** -0.5
-    weights = scores.masked_fill(~torch.from_numpy(seen(segments, window)).to(query.device), float("-inf")).softmax(-1)
-    return (weights @ v).transpose(1, 2)

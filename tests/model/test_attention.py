@@ -8,7 +8,6 @@ import torch
 from fitout.layout import Segment, seen
 from fitout.model import native
 from fitout.model.attention import packed_attention
-from fitout.model.varlen import _dense
 
 FLAT = (Segment(0, 9), Segment(9, 10), Segment(10, 43))
 TREE = (
@@ -32,6 +31,19 @@ def computed_by(request, monkeypatch):
     return request.param
 
 
+def softmax_over(q, k, v, segments, window=None, cap=None, sinks=None):
+    """One softmax of each token over all tokens, everything that it may not see at minus infinity."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    if cap is not None:
+        assert float((scores.detach().abs() > 2 * cap).double().mean()) > 0.05
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~torch.from_numpy(seen(segments, window)), float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)], -1)
+    return (scores.softmax(-1)[..., : q.shape[2]] @ v).transpose(1, 2)
+
+
 def outcome(attend, q, k, v, slope):
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     out = attend(q, k, v)
@@ -51,7 +63,7 @@ def test_equals_a_dense_softmax(segments, groups, width, kind, size, computed_by
     q, slope = torch.randn(1, 2 * groups, length, width) * size, torch.randn(1, length, 2 * groups, width)
     k, v = torch.randn(1, 2, length, width), torch.randn(1, 2, length, width)
     rounded = [x.to(kind) for x in (q, k, v, slope)]
-    want = outcome(lambda *x: _dense(*x, segments, None), *(x.float() for x in rounded))
+    want = outcome(lambda *x: softmax_over(*x, segments), *(x.float() for x in rounded))
     got = outcome(lambda *x: packed_attention(None, *x, None, segments=segments)[0], *rounded)
     for a, b in zip(got, want, strict=True):
         bound = 3e-6 * size if kind == torch.float32 else 0.02
@@ -63,7 +75,7 @@ def test_equals_a_dense_softmax(segments, groups, width, kind, size, computed_by
 def test_a_window_over_a_tree(segments, window, computed_by):
     torch.manual_seed(0)
     q, k, v, slope = (torch.randn(1, 2, segments[-1].end, 8) for _ in range(4))
-    want = outcome(lambda *x: _dense(*x, segments, window), q, k, v, slope.transpose(1, 2))
+    want = outcome(lambda *x: softmax_over(*x, segments, window), q, k, v, slope.transpose(1, 2))
     got = outcome(
         lambda *x: packed_attention(None, *x, None, segments=segments, sliding_window=window)[0],
         q, k, v, slope.transpose(1, 2),
@@ -81,15 +93,8 @@ def test_capped_scores_and_sinks(cap, with_sinks, kind, window, computed_by):
     q, k, v = (torch.randn(1, heads, 100, 16).to(kind) for heads in (4, 2, 2))
     q, slope, sinks = 4 * q, torch.randn(1, 100, 4, 16).to(kind), torch.randn(4) if with_sinks else None
 
-    def dense(q, k, v, sinks):
-        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-        scores = q @ k.transpose(2, 3) * 0.25
-        assert cap is None or float((scores.detach().abs() > 2 * cap).double().mean()) > 0.05
-        scores = scores if cap is None else cap * torch.tanh(scores / cap)
-        scores = scores.masked_fill(~torch.from_numpy(seen(TREE, window)), float("-inf"))
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(1, 4, 100, 1)], -1)
-        return (scores.softmax(-1)[..., :100] @ v).transpose(1, 2)
+    def truth(q, k, v, sinks):
+        return softmax_over(q, k, v, TREE, window, cap, sinks)
 
     def ours(q, k, v, sinks):
         return packed_attention(
@@ -97,7 +102,7 @@ def test_capped_scores_and_sinks(cap, with_sinks, kind, window, computed_by):
         )[0]  # fmt: skip
 
     found = []
-    for attend, to in ((ours, None), (dense, torch.float64)):
+    for attend, to in ((ours, None), (truth, torch.float64)):
         leaves = [x if x is None else x.detach().clone().to(to).requires_grad_() for x in (q, k, v, sinks)]
         out = attend(*leaves)
         out.backward(slope.to(out.dtype))
@@ -128,7 +133,7 @@ def test_values_of_another_width_and_tensors_in_any_order(computed_by):
     torch.manual_seed(0)
     q, k = (torch.randn(1, 100, heads, 24).transpose(1, 2) for heads in (4, 2))
     v, slope = torch.randn(1, 2, 100, 40), torch.randn(1, 100, 4, 40)
-    want = outcome(lambda *x: _dense(*x, TREE, None), q, k, v, slope)
+    want = outcome(lambda *x: softmax_over(*x, TREE), q, k, v, slope)
     for kind, bound in ((torch.float32, 4e-6), (torch.bfloat16, 0.06)):
         key, value, along = (x.to(kind) for x in (k, v, slope))
         odd = torch.empty(1, 4, 100, 25, dtype=kind)[..., :24].copy_(q)
@@ -190,7 +195,7 @@ def test_what_is_not_a_number_is_not_hidden(computed_by):
         q, k, v = (torch.randn(1, 2, 70, 16) for _ in range(3))
         k[0, 1, 20, 3] = bad
         segments = (Segment(0, 40), Segment(40, 70))
-        found, want = attend(q, k, v, segments).isnan(), _dense(q, k, v, segments, None).isnan()
+        found, want = attend(q, k, v, segments).isnan(), softmax_over(q, k, v, segments).isnan()
         assert torch.equal(found, want) and want[0, 20:40, 1].any() and not want[0, 40:].any()
 
 
