@@ -23,6 +23,7 @@ import torch
 from .chat.types import Conversation, Message, Origin, Text
 from .errors import CheckError, FitoutError, RequestError
 from .files import fingerprint
+from .model import rope
 from .model.memory import give_back, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Engine:
         self.chat = chat
         text_config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._switch = rope.switch(text_config)
         self._vocabulary: int = text_config.vocab_size
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
@@ -215,11 +217,12 @@ class Engine:
         windows.sort(key=lambda window: len(window[2]))
 
         def read(chunk: list[tuple[int, int, list[int]]]) -> None:
-            rows = self._score(_Rows(self, len(chunk)), [ids for _, _, ids in chunk])
+            texts = [ids for _, _, ids in chunk]
+            rows = self._score(_Rows(self, len(chunk), max(map(len, texts))), texts)
             for (text, start, ids), row in zip(chunk, rows, strict=True):
                 scores[text][start : start + len(ids) - 1] = row
 
-        self._in_batches(windows, batch_size, read)
+        self._in_batches(windows, batch_size, read, lambda window: len(window[2]))
         return scores
 
     # prompts
@@ -279,17 +282,25 @@ class Engine:
 
         todo = [row for row, answer in enumerate(answers) if answer.error is None]
         todo.sort(key=lambda row: -len(prompts[row]))  # longest first: a batch too large for memory fails at once
-        self._in_batches(todo, batch_size, answer)
+        self._in_batches(
+            todo, batch_size, answer, lambda row: len(prompts[row]) + self._room(prompts[row], max_new_tokens)
+        )
         return [answer.completion(len(prompt)) for answer, prompt in zip(answers, prompts, strict=True)]
 
-    def _in_batches(self, items: list[T], size: int, work: Callable[[list[T]], None]) -> None:
-        """Works through `items`, `size` at a time; when memory runs out, from then on half as many.
+    def _in_batches(
+        self, items: list[T], size: int, work: Callable[[list[T]], None], tokens: Callable[[T], int]
+    ) -> None:
+        """Works through `items`, `size` at a time; when memory runs out, from then on half as many. One that may get
+        more `tokens` than what its model turns alike (rope.switch) goes alone.
 
         Raises FitoutError when not even a single one fits.
         """
         at = 0
         while at < len(items):
             chunk = items[at : at + min(size, self.largest_batch or size)]
+            if self._switch is not None:
+                short = next((n for n, item in enumerate(chunk) if tokens(item) > self._switch), len(chunk))
+                chunk = chunk[: max(short, 1)]
             try:
                 work(chunk)
                 at += len(chunk)
@@ -331,7 +342,8 @@ class Engine:
 
         `streams` name the random stream of each row.
         """
-        rows = _Rows(self, [max(map(len, prompts)) - len(prompt) for prompt in prompts])
+        longest = max(map(len, prompts))
+        rows = _Rows(self, [longest - len(prompt) for prompt in prompts], longest)
         live = list(range(len(prompts)))
         ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(rows.pads.tolist(), prompts, strict=True)])
         while True:
@@ -370,7 +382,7 @@ class Engine:
         def score(chunk: list[tuple[list[int], bytes | bytearray]]) -> None:
             # The prompt once, then the answers; the last token in common is fed to each, as it predicts what differs.
             common = min(_common([ids for ids, _ in chunk]), *(_first(trained) for _, trained in chunk)) - 1
-            rows = _Rows(self, 1)
+            rows = _Rows(self, 1, max(len(ids) for ids, _ in chunk))
             for piece in torch.tensor([chunk[0][0][:common]]).split(PREFILL, dim=1) if common > 0 else ():
                 rows.extend(piece, keep=1)
             rows.select([0] * len(chunk))
@@ -378,7 +390,7 @@ class Engine:
             for (_, trained), row in zip(chunk, self._score(rows, [ids[common:] for ids, _ in chunk]), strict=True):
                 scores.append(math.fsum(p for p, train in zip(row, trained[common + 1 :], strict=True) if train))
 
-        self._in_batches(rendered, batch_size, score)
+        self._in_batches(rendered, batch_size, score, lambda each: len(each[0]))
         return scores
 
     def _with_answers(
@@ -408,22 +420,51 @@ class Engine:
 
 
 class _Rows:
-    """Rows in flight: their key-value cache, and how many padding tokens stand before each."""
+    """Rows in flight: their key-value cache, and how many padding tokens stand before each.
 
-    def __init__(self, engine: Engine, pads: int | list[int]):
-        from transformers import DynamicCache
+    `length` tokens, and perhaps more, will be read of the longest row. Where the model turns positions otherwise in a
+    long row (rope.switch; such a row is alone), keys are made as a single forward over all of it would make them: from
+    the beginning where it is known to be long, else anew when it becomes so.
+    """
 
+    def __init__(self, engine: Engine, pads: int | list[int], length: int):
         self._engine = engine
         self._device = engine.model.device
-        self._cache = DynamicCache(config=engine.model.config)
-        self._seen = 0
+        self._switch = engine._switch
+        self._long = self._switch is not None and length > self._switch
+        self._read: list[torch.Tensor] = []  # what may have to be read anew
         self.pads = torch.tensor([0] * pads if isinstance(pads, int) else pads, device=self._device)
+        self._begin()
+
+    def _begin(self) -> None:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._engine.model.config)
+        self._seen = 0
 
     def extend(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
         """Reads `ids` (B, T) after what was read before; the logits (B, keep, V) of the last `keep`, in fp32."""
+        if self._switch is None:
+            return self._forward(ids, keep)
+        self._read.append(ids)
+        if not self._long and len(ids) == 1 and self._seen + ids.shape[1] > self._switch:
+            ids, self._long = torch.cat(self._read, 1), True
+            self._begin()
+        if not self._long or self._seen + ids.shape[1] > self._switch:
+            return self._forward(ids, keep)
+        beyond = torch.zeros(len(ids), 1, dtype=ids.dtype)  # a token at a place that makes it long, seen by none
+        logits = self._forward(torch.cat([ids, beyond], 1), keep + 1, last=self._switch)[:, :-1]
+        self._cache.crop(-1)
+        self._seen -= 1
+        return logits
+
+    def _forward(self, ids: torch.Tensor, keep: int, last: int | None = None) -> torch.Tensor:
+        """`last`: the position of the last token, where it is not the next one."""
         end = self._seen + ids.shape[1]
         places = torch.arange(end, device=self._device)
         positions = (places[self._seen :] - self.pads[:, None]).clamp(min=0)
+        if last is not None:
+            positions[:, -1] = last
         mask = (places >= self.pads[:, None]).long() if bool(self.pads.any()) else None
         logits = self._engine.model(
             input_ids=ids.to(self._device),

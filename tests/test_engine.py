@@ -52,6 +52,15 @@ def chat(folder):
     return open_chat(folder)
 
 
+LONGROPE = {  # other factors for all positions of a row of more than 40 tokens
+    "original_max_position_embeddings": 40, "pad_token_id": 0,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40,
+        "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 5.0],
+    },
+}  # fmt: skip
+
+
 def random_model(chat, kind: str = "Llama", **changes):
     """A random model whose choices are clear enough that rounding cannot turn them."""
     import transformers
@@ -203,8 +212,8 @@ def test_other_errors_are_not_taken_for_memory(chat, engine):
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("Llama", {}), ("Qwen3", {}), ("Mistral", {"sliding_window": 16})],
-    ids=["llama", "qwen3", "sliding"],
+    [("Llama", {}), ("Qwen3", {}), ("Mistral", {"sliding_window": 16}), ("Phi3", LONGROPE)],
+    ids=["llama", "qwen3", "sliding", "longrope"],
 )
 @pytest.mark.parametrize("prefill", [1024, 7])
 def test_every_row_is_the_row_alone_and_what_transformers_generates(chat, monkeypatch, kind, changes, prefill):
@@ -425,6 +434,25 @@ def test_choices_have_the_log_probability_of_a_plain_forward(engine, monkeypatch
                 assert torch.tensor(tokens.ids[1:])[trained][-1] in engine.chat.stop_ids
                 expected = plain_log_probs(engine.model, tokens.ids)[trained].sum().item()
                 assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_likelihoods_where_long_rows_are_turned_otherwise(chat, monkeypatch):
+    """Rows below and above the length at which LongRoPE's factors change, and choices that carry a row beyond it."""
+    monkeypatch.setattr(fitout.engine, "PREFILL", 7)
+    monkeypatch.setattr(fitout.engine, "LOGITS", 9 * 270)
+    engine = Engine(random_model(chat, "Phi3", **LONGROPE), chat)
+    texts = ["x" * n for n in (70, 12, 39, 40, 41, 42, 20)]
+    for text, row in zip(texts, engine.token_log_probs(texts, 100, batch_size=4), strict=True):
+        assert torch.tensor(row).allclose(
+            plain_log_probs(engine.model, engine.chat.tokenizer(text)["input_ids"]), atol=1e-5
+        )
+    prompt = len(engine.chat.prompt_ids(ask("")))
+    choices = ["a", "b" * 10, "c" * 30]
+    for asked in (ask("y" * (20 - prompt)), ask("y" * (45 - prompt))):
+        for choice, score in zip(choices, engine.choose([asked], choices)[0], strict=True):
+            [tokens] = engine.chat.render(Conversation((*asked, Message("assistant", choice)), Origin("", 1)))
+            trained = torch.tensor(list(map(bool, tokens.train_on[1:])))
+            assert score == pytest.approx(plain_log_probs(engine.model, tokens.ids)[trained].sum().item(), abs=1e-4)
 
 
 def test_choices_may_differ_between_conversations(engine):

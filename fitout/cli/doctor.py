@@ -70,7 +70,7 @@ def _installed(package: str) -> str | None:
 def isolation(name: str) -> dict[str, str]:
     """Whether packed attention computes what the model's own does, and documents in a pack are apart: changes one and
     looks whether the others' logits move."""
-    from ..model import varlen
+    from ..model import rope, varlen
     from ..model.attention import NAME, unlike_own, why_not_packed
     from ..model.head import kind_of_head
     from ..model.load import load_base, resolve
@@ -81,6 +81,8 @@ def isolation(name: str) -> dict[str, str]:
     if why is None:
         gap = unlike_own(model, NAME)
         packed = f"documents do not see each other; logits are within {gap:.1g} of the model's own attention"
+        if (switch := rope.switch(model.config)) is not None:
+            packed += f"; not used where a sample has more than {switch:,} tokens, which turn all positions otherwise"
     return {
         "model": name,
         "packing": packed,

@@ -109,7 +109,10 @@ def _train_model(
         extra=method.load_kwargs(DTYPES[kind]),
         **hub_source(recipe),
     )
-    why = _settle_attention(model, backend)
+    validation = prepared.part("validation")
+    why = _settle_attention(
+        model, backend, max(int(part.lengths.max(initial=0)) for part in (batches.part, validation))
+    )
     if why and batches.packing:
         screen.say(f"{why}: samples are computed one by one, without packing")
         batches.packing = batches.share = False
@@ -143,7 +146,7 @@ def _train_model(
         method=method,
         objective=create(recipe.objective),
         batches=batches,
-        validation=prepared.part("validation"),
+        validation=validation,
         settings=recipe.train,
         lr=lr,
         total_steps=total,
@@ -184,13 +187,19 @@ def _train_model(
     backend.close()
 
 
-def _settle_attention(model: Any, backend: Backend) -> str | None:
-    """Why packed attention does not serve this model, or None: it computes what the model's own does, and keeps
-    documents apart. Where it does not, each sample gets a forward of its own, by the fastest attention that is right.
-    A model without values is not asked."""
+def _settle_attention(model: Any, backend: Backend, longest: int) -> str | None:
+    """Why samples of up to `longest` tokens are not packed for this model, or None: packed attention computes what the
+    model's own does, and keeps documents apart. Where it does not, each sample gets a forward of its own, by the
+    fastest attention that is right. A model without values is not asked."""
+    from ..model import rope
     from ..model.attention import NAME, settle, take
 
     why = settle(model) if backend.main or not backend.spreads else None
+    switch = rope.switch(model.config)
+    if why is None and switch is not None and longest > switch:
+        why = (
+            f"this model turns positions otherwise in samples of more than {switch:,} tokens (the longest: {longest:,})"
+        )
     packs = backend.agree("plain" if why else "packed", ("packed", "plain")) == "packed"
     take(model, backend.agree(model.config._attn_implementation, (NAME, "sdpa", "eager")))
     return None if packs else why or "packed attention does not serve this model"
