@@ -22,7 +22,8 @@ def a_base(folder, switch: int):
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": switch, **factors}
     config = Phi3Config(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, original_max_position_embeddings=switch, pad_token_id=0, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=256, original_max_position_embeddings=switch, pad_token_id=0,
+        eos_token_id=0,
         initializer_range=0.4, rope_parameters=rope,
     )  # fmt: skip
     torch.manual_seed(0)
