@@ -37,11 +37,11 @@ class Resolved:
 
 
 def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
-    """Finds what a user means: `embedded:shell`, a run directory, an adapter folder, a model folder, or a hub id."""
+    """Finds what a user means: `embedded:shell`, a run directory, an adapter folder, a model folder, or a hub id; with
+    `adapter` the whole model that this is, and that adapter over it."""
     name = str(what)
-    given = adapter_folder(adapter) if adapter else None
     if name == EMBEDDED:
-        return Resolved(str(SHELL), given, str(SHELL))
+        return _with(str(SHELL), adapter)
     path = Path(what)
     if not path.exists():
         if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -51,13 +51,11 @@ def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
                 hint="Give a folder with config.json and *.safetensors, a run directory, a hub id (owner/name), "
                 f"or {EMBEDDED}.",
             )
-        return Resolved(name, given, name)
+        return _with(name, adapter)
     run = RunDir(path)
     if run.exists():
-        if adapter is None and (run.merged / "config.json").exists():
-            return Resolved(str(run.merged), None, str(run.merged))
-        if (run.model / "config.json").exists():
-            return Resolved(str(run.model), given, str(run.model))
+        if whole := _whole(run):
+            return _with(str(whole), adapter)
         if not (run.adapter / "adapter_config.json").exists():
             raise ModelError(
                 "this run has no adapter/, model/ or merged/ yet",
@@ -65,9 +63,35 @@ def resolve(what: str | Path, *, adapter: str | Path | None = None) -> Resolved:
                 hint="Let it finish with `fitout run` or `fitout train --resume`.",
             )
         path = run.adapter
-    if (path / "adapter_config.json").exists():
-        return _of_adapter(path)
-    return Resolved(name, given, name)
+    if not (path / "adapter_config.json").exists():
+        return _with(name, adapter)
+    if adapter is not None:
+        raise ModelError(
+            "this is an adapter itself, over which another one is to lie",
+            where=name,
+            harm="One of the two would be left out.",
+            hint="Merge it first (`fitout merge`), or give the other one over the base model.",
+        )
+    return _of_adapter(path)
+
+
+def _with(base: str, adapter: str | Path | None) -> Resolved:
+    given = adapter_folder(adapter) if adapter else None
+    return Resolved(base, given, _speaks(given, base))
+
+
+def _speaks(adapter: Path | None, base: str) -> str:
+    """Whose tokenizer and template are meant: the adapter's, which it was trained in, where it has them."""
+    own = adapter is not None and any((adapter / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return str(adapter) if own else base
+
+
+def _whole(run: RunDir) -> Path | None:
+    """A run's model that needs no other: of full fine-tuning, or merged of what it trained last."""
+    status = run.read_status()
+    if (run.merged / "config.json").exists() and status.get("merged_steps") == status.get("trained_steps"):
+        return run.merged
+    return run.model if (run.model / "config.json").exists() else None
 
 
 def _of_adapter(folder: Path) -> Resolved:
@@ -88,14 +112,16 @@ def _of_adapter(folder: Path) -> Resolved:
             harm="An adapter is a change of the weights of a whole model; there are none.",
             hint="Let base_model_name_or_path name the model; `fitout merge` makes one out of a base and an adapter.",
         )
-    return Resolved(resolve(name).base, folder, str(folder), config.get("revision"))
+    base = resolve(name).base
+    return Resolved(base, folder, _speaks(folder, base), config.get("revision"))
 
 
 def _only_adapts(path: Path) -> bool:
     """Whether this is an adapter folder, or a run that has an adapter and no whole model."""
     run = RunDir(path)
-    whole = (run.merged / "config.json").exists() or (run.model / "config.json").exists()
-    return (path / "adapter_config.json").exists() or (not whole and (run.adapter / "adapter_config.json").exists())
+    return (path / "adapter_config.json").exists() or (
+        _whole(run) is None and (run.adapter / "adapter_config.json").exists()
+    )
 
 
 def adapter_folder(adapter: str | Path) -> Path:

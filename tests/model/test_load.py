@@ -36,6 +36,33 @@ def test_names_and_what_they_resolve_to(tmp_path):
         resolve(tmp_path / "nowhere")
 
 
+def test_a_run_is_its_merged_model_as_long_as_that_is_what_was_trained_last(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    adapter = saved_adapter(run / "adapter", rank=4)
+    tiny_llama().save_pretrained(run / "merged")
+    for trained, whole in ((4, True), (40, False)):
+        (run / "run.json").write_text(json.dumps({"merged_steps": 4, "trained_steps": trained}))
+        parts = resolve(run)
+        assert (parts.base, parts.adapter) == ((str(run / "merged"), None) if whole else ("owner/name", adapter))
+
+
+def test_a_given_adapter_lies_over_what_is_named_and_speaks_as_it_was_trained(tmp_path):
+    run, other = tmp_path / "run", saved_adapter(tmp_path / "other", rank=4)
+    run.mkdir()
+    saved_adapter(run / "adapter", rank=4)
+    (run / "run.json").write_text("{}")
+    for one in (run, run / "adapter"):
+        with pytest.raises(ModelError, match="an adapter itself"):
+            resolve(one, adapter=other)
+    tiny_llama().save_pretrained(run / "merged")
+    for base, found in ((run, str(run / "merged")), (EMBEDDED, str(SHELL)), ("owner/name", "owner/name")):
+        parts = resolve(base, adapter=other)
+        assert (parts.base, parts.adapter, parts.chat_folder) == (found, other, found)
+    shutil.copy(SHELL / "tokenizer.json", other)
+    assert {resolve(base, adapter=other).chat_folder for base in (run, EMBEDDED, "owner/name")} == {str(other)}
+
+
 def test_settings_survive_the_adapter_folder(tmp_path):
     folder = saved_adapter(tmp_path / "adapter", rank=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"])
     assert settings_of(folder) == LoraSettings(rank=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"])
