@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..chat.types import Conversation, Origin, Sample, Text, Tokens
-from ..errors import DataError, TemplateError
+from ..errors import DataError, RunExistsError, TemplateError
 from ..files import explain_os_errors, fingerprint, read_json, read_jsonl, remove_leftovers, sha256_file, write_json
 from ..rundir import RunDir
 from . import BalanceSettings, DataSettings, SourceSettings
@@ -145,18 +145,28 @@ def prepare(
     run: RunDir,
     *,
     seed: int = 0,
+    trained: str | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Prepared, dict[str, Any]]:
     """Prepares the data of a run, or takes what is there when every input has the same fingerprint; of an interrupted
     preparation of the same, the stages that it had done.
 
-    `wants` is what the objective trains on: conversation or text. Returns the prepared data and the data report.
-    Raises DataError when a file cannot be read or nothing is left to train on.
+    `wants` is what the objective trains on: conversation or text; `trained` the fingerprint of data that something has
+    been trained on, which no others may replace. Returns the prepared data and the data report. Raises DataError when a
+    file cannot be read or nothing is left to train on, RunExistsError when the data are not those that were trained.
     """
     made_of = _fingerprint(settings, chat, wants, seed, run)
     ready = open_prepared(run.data)
     unfinished = run.data / ".unfinished"
+    if trained not in (None, made_of):
+        raise RunExistsError(
+            "the data are no longer those that this run was trained on",
+            where=str(run.data),
+            harm="What would be split anew could ask the model questions that it was trained on.",
+            hint="Put back what has changed (a source file, an accepted repair, the template, the tokenizer), or "
+            "choose another name or --out.",
+        )
     if ready and ready.fingerprint == made_of:
         shutil.rmtree(unfinished, ignore_errors=True)  # of other inputs, or of the moment after the last one
         return ready, read_json(run.data_report)

@@ -30,11 +30,9 @@ def evaluate_run(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bo
     from ..evaluate.suite import evaluate
     from ..model.methods import saved_in
 
-    if (
-        directory.evaluation_report.exists()
-        and not again
-        and directory.read_status().get("evaluated_steps") == (directory.read_status().get("trained_steps"))
-    ):
+    status, asked = directory.read_status(), recipe.evaluate.model_dump(mode="json")
+    complete = directory.evaluation_report.exists() and status.get("evaluated_steps") == status.get("trained_steps")
+    if complete and not again and status.get("evaluated_with", asked) == asked:
         screen.say("evaluation is complete already")
         return None
     conversations = test_conversations(directory)
@@ -59,7 +57,7 @@ def evaluate_run(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bo
         training_log=read_jsonl(directory.log) if directory.log.exists() else [],
         data_counts=_data_counts(read_json(directory.data_report)),
     )
-    directory.update_status(reached="evaluated", evaluated_steps=directory.read_status().get("trained_steps"))
+    directory.update_status(reached="evaluated", evaluated_steps=status.get("trained_steps"), evaluated_with=asked)
     describe_trained(recipe, directory)
     return result
 

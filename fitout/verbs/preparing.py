@@ -25,8 +25,9 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
     for note in chat.notes:
         screen.say(note)
     prepared, report = prepare(
-        recipe.data, chat, recipe.objective.wants, directory, seed=split_seed(recipe), progress=screen.data_progress,
-        say=screen.say,
+        recipe.data, chat, recipe.objective.wants, directory, seed=split_seed(recipe),
+        trained=directory.read_status().get("data_fingerprint") if directory.has_training() else None,
+        progress=screen.data_progress, say=screen.say,
     )  # fmt: skip
     screen.say(summary(report))
     for stage in report.get("stages", ()):  # data prepared by an earlier version have no record of them
@@ -82,7 +83,7 @@ def repair_data(
     from ..data.repair import draft, shown
     from ..files import read_jsonl, write_jsonl
 
-    if any(directory.checkpoints.glob("step-*")):
+    if directory.has_training():
         raise RequestError(
             "this run has begun training",
             where=str(directory.path),
@@ -104,9 +105,7 @@ def repair_data(
     lines = draft(quarantine, before, accept)
     if lines != before:
         write_jsonl(path, lines)
-    prepared, report = prepare_data(recipe, directory, chat, screen)
-    if main_process():
-        directory.update_status(data_fingerprint=prepared.fingerprint)
+    _, report = prepare_data(recipe, directory, chat, screen)
     rules = []
     waiting = read_jsonl(directory.quarantine)  # what is there still, after the accepted ones went in
     for rule in sorted({bad["rule"] for bad in waiting}):

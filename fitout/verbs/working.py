@@ -136,7 +136,7 @@ def import_libraries() -> None:
 
 def _agree(directory: RunDir, recipe: Recipe) -> None:
     """A run that has begun training may only go on with a recipe that means the same training."""
-    if not directory.recipe.exists() or not list(directory.checkpoints.glob("step-*")):
+    if not directory.recipe.exists() or not directory.has_training():
         return
     differs = changes(comparable(recipe_of(directory)), comparable(recipe))
     if differs:

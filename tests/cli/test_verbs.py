@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -82,6 +83,36 @@ def test_another_recipe_is_refused(finished):
     done = fitout("run", folder / "recipe.yaml", "--set", "train.lr=0.01", cwd=folder)
     assert done.code == 2 and "another recipe" in done.err and "train.lr" in done.err
     assert load(run.recipe).train.lr is None
+
+
+def test_a_trained_run_without_checkpoints_is_still_what_it_was_trained_as(tmp_path):
+    """They are large, and people delete them. Neither another recipe nor other data make it another run."""
+    rows(tmp_path / "rows.jsonl")
+    run = RunDir(tmp_path / "runs" / "tiny")
+    assert fitout("train", recipe(tmp_path), cwd=tmp_path).code == 0
+    shutil.rmtree(run.checkpoints)
+    before = {path.name: path.read_bytes() for path in run.data.glob("*.arrow")}
+    done = fitout("run", recipe(tmp_path), "--set", "method.rank=8", cwd=tmp_path)
+    assert done.code == 2 and "another recipe" in done.err and "method.rank" in done.err
+    rows(tmp_path / "rows.jsonl", 50)
+    for verb in (("run",), ("data", "prepare"), ("data", "xray")):
+        done = fitout(*verb, recipe(tmp_path), cwd=tmp_path)
+        assert done.code == 2 and "no longer those that this run was trained on" in done.err, verb
+    done = fitout("data", "repair", recipe(tmp_path), "--accept", "all", cwd=tmp_path)
+    assert done.code == 2 and "has begun training" in done.err
+    assert {path.name: path.read_bytes() for path in run.data.glob("*.arrow")} == before
+    rows(tmp_path / "rows.jsonl")
+    assert fitout("run", recipe(tmp_path), cwd=tmp_path).code == 0
+
+
+def test_an_evaluation_that_is_asked_otherwise_is_made_again(finished):
+    folder, run, _ = finished
+    report = run.evaluation_report.read_bytes()
+    again = fitout("run", folder / "recipe.yaml", "--set", "evaluate.limit=1", cwd=folder)
+    assert again.code == 0 and "evaluation is complete already" not in again.out
+    assert json.loads(run.evaluation_report.read_text())["settings"]["limit"] == 1
+    assert fitout("run", folder / "recipe.yaml", cwd=folder).code == 0
+    assert json.loads(report)["settings"] == json.loads(run.evaluation_report.read_text())["settings"]
 
 
 def test_the_card_says_what_was_done(finished):
