@@ -14,7 +14,7 @@ import torch
 
 from ..data.batches import Batches, layouts_of
 from ..data.store import Part
-from ..errors import CheckError, FitoutError, Stopped, changes
+from ..errors import CheckError, FitoutError, RequestError, Stopped, changes
 from ..layout import Layout, reaches
 from ..model.memory import give_back, is_out_of_memory, recompute_activations
 from ..model.methods.base import Method, copy_into, trainable
@@ -52,7 +52,8 @@ class Progress:
     pairs: int = 0  # see Layout
     padding: int = 0
     recomputed: float = 0.0  # tokens whose layers were computed twice (as much as all of them)
-    budget: int = 0  # tokens a micro-batch, after halvings
+    asked: int = 0  # tokens a micro-batch, at first
+    budget: int = 0  # after halvings
     base_loss: float | None = None  # validation loss before the first step
     best_loss: float | None = None
     best_step: int | None = None
@@ -119,7 +120,8 @@ class _Run:
         self.checkpoints = Checkpoints(job.run.checkpoints)
         self.listening: list[Listener] = []  # those that were started
         self.finite = FiniteGuard(job.settings.on_nonfinite)
-        self.at = Progress(budget=_first_budget(job.settings, backend))
+        self.first_budget = _first_budget(job.settings, backend)
+        self.at = Progress(asked=self.first_budget, budget=self.first_budget)
         self.ahead = Ahead(self._make_layouts, job.total_steps)
         self.saver = Saver(self.checkpoints, backend, job.settings.keep_last, self._log)
         self.saved_step = -1
@@ -174,8 +176,16 @@ class _Run:
         self.backend.load_state(checkpoint.state["backend"])
         self.at = Progress(**checkpoint.state["progress"])
         self.saved_step = self.at.step
-        if self.at.step < self.job.total_steps:
-            self.at.stopped_early = False
+        if self.at.step > self.job.total_steps:
+            raise RequestError(
+                f"{self.at.step:,} steps are done, and the recipe asks for {self.job.total_steps:,}",
+                where=str(checkpoint.folder),
+                harm="What was trained cannot be taken back.",
+                hint="Ask for at least as many steps, or train anew with another name or --out.",
+            )
+        self.at.stopped_early = self._has_no_patience()
+        if self.at.asked != self.first_budget:
+            self.at.asked = self.at.budget = self.first_budget
 
     def _put_back(self, tensors: dict[str, torch.Tensor]) -> None:
         """Trained parameters, and what else the method needs, as `_weights` gave them."""
@@ -407,8 +417,11 @@ class _Run:
             return
         else:
             at.worse += 1
-            at.stopped_early = self.job.settings.patience is not None and at.worse >= self.job.settings.patience
+            at.stopped_early = self._has_no_patience()
         self._tell("evaluated", validation_loss=loss, best=False, **by_task)
+
+    def _has_no_patience(self) -> bool:
+        return self.job.settings.patience is not None and self.at.worse >= self.job.settings.patience
 
     def _validation_loss(self, part: Part) -> tuple[float, dict[str, Any]]:
         """The loss over a part; and, where its rows have tasks, each task's own loss and its share of the whole."""

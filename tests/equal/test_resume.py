@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fitout.errors import CheckError, Stopped
+from fitout.errors import CheckError, RequestError, Stopped
 from fitout.files import read_json, read_jsonl
 from fitout.model.methods import LoraSettings
 from fitout.objectives import OBJECTIVES, create
@@ -185,6 +185,8 @@ def assert_resumes_everywhere(tmp_path, kind, **how):
     assert [e["step"] for e in events(job.run.log, "resumed")] == list(range(1, steps))
     if steps == TOTAL:
         assert_each_once_an_epoch(notes)
+    job = make_job(tmp_path / "stopped", kind, **how)
+    assert_same(outcome(job, train(job, resume=True)), want)  # interrupted after the end: nothing is trained on
 
     notes = {}
     for step in (2, 7, 7, 11):  # the newest checkpoint is an older one: later rows of the log are made again
@@ -218,6 +220,14 @@ def test_and_with_early_stopping_and_the_best_kept(tmp_path, kind):
     """Random targets: the validation loss soon rises."""
     want = assert_resumes_everywhere(tmp_path, kind, keep="best", patience=2, lr=3e-2, evaluate_every=2)
     assert want[1]["stopped_early"] and 4 < want[1]["step"] < TOTAL and want[1]["best_step"] < want[1]["step"]
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    train(make_job(tmp_path, "lora"))
+    job = make_job(tmp_path, "lora")
+    object.__setattr__(job, "total_steps", 5)
+    with pytest.raises(RequestError, match="14 steps are done, and the recipe asks for 5"):
+        train(job, resume=True)
 
 
 class Asks:

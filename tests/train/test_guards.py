@@ -66,6 +66,17 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(tmp_path, monkeypat
         torch.testing.assert_close(tensor, want_weights[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_resumed_with_another_micro_batch_and_with_the_one_that_memory_made_smaller(tmp_path, monkeypatch):
+    """The last save before a kill: with the same recipe what fitted is gone on with, with another what it asks for."""
+    monkeypatch.setattr(loop, "train_step", fails_once(torch.OutOfMemoryError("no")))
+    job = make_job(tmp_path, total=4, micro_batch_tokens=512)
+    smaller = train(job).budget
+    assert smaller < 512
+    for steps, asked, ran in ((5, 512, smaller), (6, 300, 300), (7, 300, 300), (8, 512, 512)):
+        job = make_job(tmp_path, total=steps, micro_batch_tokens=asked)
+        assert train(job, resume=True).budget == ran
+
+
 def test_out_of_memory_to_the_end(tmp_path, monkeypatch):
     """Halved, then activations recomputed in more and more layers, then given up with advice; the log tells each."""
     monkeypatch.setattr(loop, "train_step", fails_once(torch.OutOfMemoryError("no"), times=100, at_call=1))
