@@ -533,20 +533,22 @@ class _Answer:
     def _settle(self, whole: bool) -> bool:
         """Settles text up to what may still change; `whole` when nothing follows. True when a stop string is reached.
 
-        What may change: bytes that are not a character yet, and an ending that may become a stop string. What was
-        settled once stays. An answer cut inside a character ends before it; `ids` has its bytes.
+        What may change: bytes that are not a character yet, an ending that may become a stop string, and blanks, which
+        are left out around an answer. What was settled once stays. An answer cut inside a character ends before it;
+        `ids` has its bytes.
         """
         ended = bool(self.ids) and self.ids[-1] in self._stop_ids
         text = self._decode(self.ids[:-1] if ended else self.ids)
         if not ended:
             text = text.rstrip(HALF)
         # A decoder may spell earlier bytes anew when broken ones follow; only what is beyond the settled part counts.
-        found = [at for stop in self._stop if (at := text.find(stop, len(self.settled))) >= 0]
+        begin = len(text) - len(text.lstrip()) + len(self.settled) if self.settled else 0
+        found = [at for stop in self._stop if (at := text.find(stop, begin)) >= 0]
         if found:
             text = text[: min(found)]
         elif not whole:
-            text = text[: len(text) - _overlap(text, self._stop)]
-        self.settled += text[len(self.settled) :]
+            text = text[: len(text) - _overlap(text[begin:], self._stop)]
+        self.settled += text.strip()[len(self.settled) :]
         return bool(found)
 
 
@@ -630,4 +632,5 @@ def _first(trained: bytes | bytearray) -> int:
 
 def _overlap(text: str, stop: Sequence[str]) -> int:
     """The length of the longest ending of `text` with which a stop string begins."""
-    return max((n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+    most = len(text)
+    return max((n for word in stop for n in range(1, min(len(word), most + 1)) if text.endswith(word[:n])), default=0)

@@ -243,7 +243,7 @@ def test_a_really_pretrained_model_answers_as_with_transformers():
         prompt = engine.chat.tokenizer(text)["input_ids"]
         assert answer.prompt_tokens == len(prompt)
         assert answer.ids == reference(engine.model, prompt, engine.chat.stop_ids, 60)
-        assert answer.text == engine.chat.decode(answer.ids)
+        assert answer.text == engine.chat.decode(answer.ids).strip()
     prompt = engine.chat.prompt_ids(ask("Who is Lily?"))
     assert engine.generate([ask("Who is Lily?")], max_new_tokens=30)[0].ids == reference(
         engine.model, prompt, engine.chat.stop_ids, 30
@@ -376,10 +376,10 @@ def test_an_answer_cut_inside_a_character_ends_before_it(chat):
         assert stream.completion == engine.generate([ask("?")], max_new_tokens=limit)[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
-    text=st.text(alphabet="ab好", min_size=1, max_size=24),
-    stop=st.lists(st.text(alphabet="ab好", min_size=1, max_size=4), max_size=3),
+    text=st.text(alphabet="ab好 \n", min_size=1, max_size=24),
+    stop=st.lists(st.text(alphabet="ab好 \n", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_never_show(chat, text, stop):
     cut = text  # by definition: at the first character with which a stop string is complete
@@ -387,7 +387,7 @@ def test_stop_strings_never_show(chat, text, stop):
         if found := [at for word in stop if (at := text[:upto].find(word)) >= 0]:
             cut = text[: min(found)]
             break
-    engine = says(chat, text)
+    engine, cut = says(chat, text), cut.strip()
     stream = engine.stream(ask("?"), max_new_tokens=200, stop=stop)
     shown = ""
     for piece in stream:
@@ -396,6 +396,25 @@ def test_stop_strings_never_show(chat, text, stop):
     assert shown == cut == stream.completion.text
     assert stream.completion.finish_reason == "stop"
     assert stream.completion == engine.generate([ask("?")], max_new_tokens=200, stop=stop)[0]
+
+
+def test_a_blank_that_stops_ends_the_work(chat):
+    [answer] = says(chat, "Paris\n" * 100).generate([ask("?")], max_new_tokens=300, stop=["\n"])
+    assert answer.text == "Paris" and len(answer.ids) <= 6 and answer.finish_reason == "stop"
+
+
+def test_a_long_stop_string_costs_no_more_than_the_answer():
+    """Of a million characters in a request only as many are looked at as were answered."""
+
+    class Counted(str):
+        sliced = 0
+
+        def __getitem__(self, part):
+            Counted.sliced += 1
+            return str(self)[part]
+
+    assert fitout.engine._overlap("abc", (Counted("c" + "x" * 1_000_000),)) == 1
+    assert Counted.sliced <= 3
 
 
 def test_a_stop_string_ends_the_work(chat):

@@ -170,8 +170,8 @@ class Chat:
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """An answer's text: control tokens and surrounding blanks removed."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        """An answer's text without control tokens. Blanks around it are the template's or the tokenizer's."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def forged(self, messages: Iterable[Message]) -> str | None:
         """The first control token that a message's own text (content, name, tool calls) spells, if any."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from .wire import ApiError
@@ -28,16 +28,18 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._stopped = threading.Event()
+        self.turn: Future[None] | None = None  # of the worker
 
     def stop(self) -> None:
-        """Asks the worker to end this job; safe from any thread, at any time, any number of times."""
+        """Asks the worker to end this job, or takes it out of those that wait; safe from any thread, at any time, any
+        number of times."""
         self._stopped.set()
+        if self.turn is not None and self.turn.cancel():
+            self._tell(ApiError(503, "stopped before its turn came", kind="server_error"))
 
     def run(self) -> None:
         """In the worker: makes the answer. Whatever goes wrong becomes the job's last event."""
         try:
-            if self._stopped.is_set():
-                raise ApiError(503, "stopped before its turn came", kind="server_error")
             stream = self._begin(self._stopped.is_set)
             self._tell(stream)
             for piece in stream:
@@ -81,7 +83,8 @@ class Worker:
         return len(self._jobs)
 
     def submit(self, begin: Callable[[Callable[[], bool]], Stream]) -> Job:
-        """Queues a job. A place is taken until the worker has let go of it, not just until the client has."""
+        """Queues a job. A place is taken until the worker has let go of it, not just until the client has; one that
+        waits in vain gives it back at once."""
         if len(self._jobs) >= self._places:
             raise ApiError(
                 429,
@@ -92,11 +95,11 @@ class Worker:
             )
         job = Job(begin)
         self._jobs.add(job)
-        future = asyncio.get_running_loop().run_in_executor(self._thread, job.run)
-        future.add_done_callback(lambda _: self._jobs.discard(job))
+        job.turn = self._thread.submit(job.run)
+        job.turn.add_done_callback(lambda _: self._jobs.discard(job))
         return job
 
     def close(self) -> None:
-        for job in self._jobs:
+        for job in tuple(self._jobs):
             job.stop()
         self._thread.shutdown(wait=True)

@@ -121,7 +121,8 @@ def test_a_client_that_leaves_while_it_waits_is_never_computed(engine):
         second, _ = post(port, read=False, stream=True)
         wait_for(lambda: app.state.worker.busy == 2)
         second.close()
-        time.sleep(0.2)
+        wait_for(lambda: app.state.worker.busy == 1)  # its place is free while the first is still answered
+        assert endless.running == 1
         first.close()
         wait_for(lambda: app.state.worker.busy == 0)
         assert endless.most == 1
