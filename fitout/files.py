@@ -141,17 +141,31 @@ def staged_folder(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove_or_put_back(old, path)
+
+
+LEFT = re.compile(r"\.(.+)\.\d+\.(part|old)")  # as the two above name them
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Removes what a killed process left half-written in `folder`; returns the names."""
+    """Removes what a killed process left half-written in `folder`; returns the names. What it had put aside for a
+    folder that never came is put back."""
     names = []
     for path in sorted(Path(folder).glob(".*")):
-        if path.name.endswith((".part", ".old")):
+        if not (left := LEFT.fullmatch(path.name)):
+            continue
+        if left[2] == "old":
+            _remove_or_put_back(path, path.with_name(left[1]))
+        else:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-            names.append(path.name)
+        names.append(path.name)
     return names
+
+
+def _remove_or_put_back(old: Path, path: Path) -> None:
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,14 @@ import resource
 import pytest
 
 from fitout.errors import FitoutError
-from fitout.files import atomic_path, errors_of_the_system, explain_full_disk, staged_folder, write_text
+from fitout.files import (
+    atomic_path,
+    errors_of_the_system,
+    explain_full_disk,
+    remove_leftovers,
+    staged_folder,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -81,3 +88,33 @@ def test_a_disk_that_takes_no_more_as_a_library_says_it_in_words_is_an_error_of_
 def test_what_is_no_error_of_the_system_stays_what_it_is(tmp_path):
     with pytest.raises(ZeroDivisionError), errors_of_the_system(tmp_path):
         _ = 1 / 0
+
+
+@pytest.mark.parametrize("how", ["fails", "is killed"])
+def test_between_the_two_renames_the_old_folder_is_not_lost(tmp_path, monkeypatch, how):
+    path, real = tmp_path / "adapter", os.replace
+    with staged_folder(path) as folder:
+        (folder / "weights").write_text("old")
+
+    def replace(source, target):
+        if str(source).endswith(".part"):
+            raise OSError(5, "Input/output error") if how == "fails" else SystemExit
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    if how == "is killed":  # nothing is tidied up any more
+        monkeypatch.setattr("fitout.files._remove_or_put_back", lambda *_: None)
+    with pytest.raises((FitoutError, SystemExit)), staged_folder(path) as folder:
+        (folder / "weights").write_text("new")
+    monkeypatch.undo()
+    assert (how == "fails") == path.exists()
+    assert len(remove_leftovers(tmp_path)) == (0 if how == "fails" else 1)
+    assert (path / "weights").read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_is_not_ours_is_no_leftover(tmp_path):
+    for name in (".env.old", ".notes.part", ".a.12.parts", "x.12.old"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".run.json.12.part").write_text("half")
+    assert remove_leftovers(tmp_path) == [".run.json.12.part"]
+    assert len(list(tmp_path.iterdir())) == 4

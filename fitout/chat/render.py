@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import TemplateError, TemplateLimitError
 from . import ChatSettings
-from .render_worker import Span, divided, trained
+from .render_worker import Span, as_served, divided, trained
 from .sandbox import Ask, Crew, Encoded, Renderer, renderer
 from .tokenizer import LoadedTokenizer, load_tokenizer
 from .types import Conversation, Message, Origin, Text, Tokens
@@ -59,7 +59,10 @@ class Chat:
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.convert_tokens_to_ids(list(self.control)))
+        """Their ids, without what a tokenizer writes for characters that it does not know: that ends no turn."""
+        unknown = self.tokenizer.unk_token_id
+        ids = set(self.tokenizer.convert_tokens_to_ids(list(self.control)))
+        return frozenset(ids if unknown == self.tokenizer.eos_token_id else ids - {unknown})
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -140,7 +143,7 @@ class Chat:
         flat = [one for group in rendered for one in group]
         encodings = iter(self._encode([one.text for one in flat]))
         return [
-            [self._tokens(one, next(encodings), conversation.origin) for one in group]
+            [tokens for one in group for tokens in self._as_served(one, next(encodings), conversation.origin)]
             for group, conversation in zip(rendered, conversations, strict=True)
         ]
 
@@ -274,6 +277,19 @@ class Chat:
 
     def _encode(self, texts: list[str]) -> list[Any]:
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def _as_served(self, rendered: _Rendered, encoding: Any, origin: Origin) -> list[Tokens]:
+        own = self.tokenizer.backend_tokenizer
+        try:
+            found = as_served(rendered.text, rendered.spans, encoding, own, self.control_ids)
+        except ValueError:
+            raise TemplateError(
+                "the tokenizer joins the beginning of an answer with what stands before it",
+                where=str(origin),
+                harm="The model would be trained on tokens that it never meets when it is served.",
+                hint="Leave out the blanks with which the answer begins.",
+            ) from None
+        return [Tokens(ids, train_on, origin) for ids, train_on in found]
 
     def _tokens(self, rendered: _Rendered, encoding: Any, origin: Origin) -> Tokens:
         return Tokens(encoding.ids, trained(encoding, rendered.spans, self.control_ids), origin)

@@ -118,8 +118,8 @@ def encoded(texts: list[Any], tokenizer: Any, control: Collection[int]) -> bytes
     try:
         for text, spans in divided(first, [first[:one] if isinstance(one, int) else one for one in rest]):
             encoding = tokenizer.encode(text, add_special_tokens=False)
-            ids = array("i", encoding.ids)
-            frame += [len(ids).to_bytes(8, "little"), ids.tobytes(), trained(encoding, spans, control)]
+            for ids, train_on in as_served(text, spans, encoding, tokenizer, control):
+                frame += [len(ids).to_bytes(8, "little"), array("i", ids).tobytes(), train_on]
     except Exception:
         return texts
     return b"".join(frame)
@@ -140,6 +140,34 @@ def divided(whole: str, rest: Sequence[str]) -> list[tuple[str, tuple[Span, ...]
     if not all(upto.startswith(prompt) for prompt, upto in turns):
         raise ValueError("a finished turn is written differently from its own prompt")
     return [(upto, ((len(prompt), len(upto)),)) for prompt, upto in turns]
+
+
+def as_served(
+    text: str, spans: Sequence[Span], encoding: Any, tokenizer: Any, control: Collection[int]
+) -> list[tuple[list[int], bytes]]:
+    """The samples of a string, each its ids and which of them are trained: one with the string's own encoding, as long
+    as every turn begins with a token of its own. Where one token holds the end of a prompt and the beginning of its
+    answer (two newlines, say), an engine, which encodes the prompt alone, never meets it: then each turn is a sample,
+    of its prompt's ids and its answer's. Raises ValueError where these are no longer the same text.
+    """
+    if not any(_begins_within(encoding, start) for start, _ in spans):
+        return [(encoding.ids, trained(encoding, spans, control))]
+    found = []
+    for start, end in spans:
+        prompt, answer, whole = (
+            tokenizer.encode(part, add_special_tokens=False) for part in (text[:start], text[start:end], text[:end])
+        )
+        ids = prompt.ids + answer.ids
+        if tokenizer.decode(ids, skip_special_tokens=False) != tokenizer.decode(whole.ids, skip_special_tokens=False):
+            raise ValueError("an answer is spelled otherwise when it stands alone")
+        found.append((ids, bytes(len(prompt.ids)) + trained(answer, [(0, end - start)], control)))
+    return found
+
+
+def _begins_within(encoding: Any, character: int) -> bool:
+    """Whether a token begins before this character and holds it."""
+    token = _token_at(encoding, character, 0, len(encoding.ids))
+    return token < len(encoding.ids) and encoding.token_to_chars(token)[0] < character
 
 
 def trained(encoding: Any, spans: Sequence[Span], control: Collection[int]) -> bytes:

@@ -345,7 +345,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="loopback unless you say otherwise; then a token is required")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     token: Annotated[str | None, typer.Option(envvar="FITOUT_TOKEN", help="what clients must send as Bearer")] = None,
     name: Annotated[str | None, typer.Option(help="the model name clients use")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="the longest answer a client may ask for")] = 1024,
@@ -360,7 +360,7 @@ def serve(
 
     engine = verbs.open_engine(model, adapter=adapter)
     _tell_held(engine)
-    start(engine, settings, model_name=name or Path(model).name)
+    start(engine, settings, model_name=name or Path(model).resolve().name)
 
 
 def _tell_held(engine: Any) -> None:

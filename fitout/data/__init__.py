@@ -292,7 +292,7 @@ class BalanceSettings(BaseModel):
            (the first words of the prompt)
     to     `equal`, or a share for each class: {head: 1, middle: 1, tail: 2}. What it does not name
            stays as it is
-    cap    at most this share of all (below 1) or so many (from 1) of each class
+    cap    at most this share of all that there were (below 1) or so many (from 1) of each class
     how    drop what is too many, or repeat what is too few (at most four times)
     edges  where one class of lengths ends and the next begins; without it the quartiles
     """

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import BalanceSettings
+from .content import digest
 from .split import spread, times_seen
 
 MOST = 4  # times a sample is repeated to fill a class
@@ -20,14 +21,14 @@ MOST = 4  # times a sample is repeated to fill a class
 def cap_classes(
     times: np.ndarray, classes: Sequence[Any], most: Mapping[Any, int], names: Sequence[str], seed: int
 ) -> np.ndarray:
-    """(n,) `times` with 0 for what is beyond the cap of its class; seed and name choose who stays."""
+    """(n,) `times` with no class seen more often than its cap; seed and name choose who stays."""
     result = times.copy()
     members: dict[Any, list[int]] = {}
     for at in np.flatnonzero(times).tolist():
         if classes[at] in most:
             members.setdefault(classes[at], []).append(at)
     for label, rows in members.items():
-        if len(rows) > most[label]:
+        if times[rows].sum() > most[label]:
             result[rows] = spread(most[label], [names[at] for at in rows], seed)
     return result
 
@@ -37,10 +38,12 @@ def distribute(
 ) -> np.ndarray:
     """(n,) `times` changed so that the classes have the shares that the settings ask for.
 
-    By dropping: as many as the scarcest class allows. By repeating: as many as the commonest has, but no sample more
-    than MOST times. Classes that the settings do not name, and those without samples, are left alone.
+    Counted is how often samples are seen. By dropping: as many as the scarcest class allows. By repeating: as many as
+    the commonest has, but in the mean no sample more than MOST times. Classes that the settings do not name, and those
+    without samples, are left alone.
     """
-    here = Counter(classes[at] for at in np.flatnonzero(times).tolist())
+    here = seen_of(times, classes)
+    distinct = Counter(classes[at] for at in np.flatnonzero(times).tolist())
     wanted = dict.fromkeys(here, 1.0) if settings.to == "equal" else dict(settings.to or {})
     shares = {label: share for label, share in wanted.items() if here.get(label)}
     dropped = [label for label, share in shares.items() if share == 0]
@@ -50,14 +53,35 @@ def distribute(
     sizes = [here[label] / share for label, share in shares.items()]
     scale = min(sizes)
     if settings.how == "repeat":
-        scale = min(max(sizes), MOST * min(sizes))
+        scale = min(max(sizes), *(MOST * distinct[label] / share for label, share in shares.items()))
     result = times.copy()
     for label in dropped:
         result[[at for at in np.flatnonzero(times).tolist() if classes[at] == label]] = 0
     for label, share in shares.items():
         rows = [at for at in np.flatnonzero(times).tolist() if classes[at] == label]
-        total = min(round(scale * share), len(rows)) if settings.how == "drop" else round(scale * share)
-        result[rows] = times[rows] * spread(max(1, total), [names[at] for at in rows], seed)
+        total = min(round(scale * share), here[label]) if settings.how == "drop" else round(scale * share)
+        result[rows] = apportioned(max(1, total), times[rows], [names[at] for at in rows], seed)
+    return result
+
+
+def seen_of(times: np.ndarray, classes: Sequence[Any]) -> Counter[Any]:
+    """How often the samples of each class are seen."""
+    seen: Counter[Any] = Counter()
+    for at in np.flatnonzero(times).tolist():
+        seen[classes[at]] += int(times[at])
+    return seen
+
+
+def apportioned(total: int, times: np.ndarray, names: Sequence[str], seed: int) -> np.ndarray:
+    """(n,) whole numbers that add up to `total` and have the proportions of `times` to within one; seed and name choose
+    who has more."""
+    if (times == times[0]).all():
+        return spread(total, names, seed)
+    order = sorted(range(len(names)), key=lambda at: digest(seed, names[at]))
+    upto = np.floor(np.cumsum(times[order]) * (total / times.sum()) + 0.5).astype(np.int64)
+    upto[-1] = total
+    result = np.empty(len(names), np.int64)
+    result[order] = np.diff(upto, prepend=0)
     return result
 
 

@@ -86,10 +86,10 @@ class Batches:
         return steps
 
     def steps_in(self, epochs: float) -> int:
-        """Steps of the first `epochs` epochs (the last may be a part of one)."""
+        """Steps of the first `epochs` epochs (the last may be a part of one), at least one."""
         whole = int(epochs)
         steps = self._start_of(whole)
-        return steps + round((epochs - whole) * len(self._epoch(whole))) if epochs > whole else steps
+        return max(1, steps + round((epochs - whole) * len(self._epoch(whole))) if epochs > whole else steps)
 
     def steps_in_epoch(self, epoch: int) -> int:
         return len(self._epoch(epoch))

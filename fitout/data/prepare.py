@@ -29,7 +29,7 @@ from ..files import explain_os_errors, fingerprint, read_json, read_jsonl, remov
 from ..rundir import RunDir
 from . import BalanceSettings, DataSettings, SourceSettings
 from . import Part as PartName
-from .balance import cap_classes, distribute, give_shares, length_classes, weigh
+from .balance import cap_classes, distribute, give_shares, length_classes, seen_of, weigh
 from .clean import FAULTS, NAMES, Cleaner, control_tokens, only_markers
 from .content import digest, opening, phrasing
 from .diversity import SAMPLED, measure
@@ -821,15 +821,13 @@ def _balanced(
             harm="The samples would not be spread as asked.",
             hint=f"There are: {', '.join(order)}.",
         )
-    before = Counter(classes[at] for at in np.flatnonzero(times))
+    before = seen_of(times, classes)
     if one.cap is not None:
         most = round(one.cap * len(numbers)) if one.cap < 1 else int(one.cap)
         now = cap_classes(times, classes, dict.fromkeys(before, max(1, most)), names, seed)
     else:
         now = distribute(times, classes, one, names, seed)
-    after: Counter[str] = Counter()
-    for at in np.flatnonzero(now):
-        after[classes[at]] += int(now[at])
+    after = seen_of(now, classes)
     figures = [{"class": name, "before": before[name], "after": after[name]} for name in order if before[name]]
     work.facts.setdefault("balance", []).append({"by": one.by, "how": one.how, "classes": figures})
     return now, f"balanced by {one.by}", f"its class has more than data.balance.{number} asks for"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout import Layout, Segment
+from ..model import rope
 from ..model.attention import NAME as PACKED
 from ..model.head import WHOLE, head_cross_entropy, kind_of_head
 from ..model.parts import DATA, HEAD, part
@@ -74,10 +75,14 @@ def token_losses(model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def padding(model: Any, layout: Layout) -> int:
-    """How many tokens `token_losses` adds to this layout's row, to fill it up; no more than the model has positions."""
+    """How many tokens `token_losses` adds to this layout's row, to fill it up; no more than the model has positions, or
+    turns alike."""
     filling = -layout.tokens % _rounding(model)
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return filling if _packed(model) or not positions else min(filling, max(0, positions - layout.tokens))
+    if _packed(model):
+        return filling
+    config = model.config.get_text_config(decoder=True)
+    limits = (rope.switch(config), getattr(config, "max_position_embeddings", None))
+    return min([filling, *(limit - layout.tokens for limit in limits if limit and limit >= layout.tokens)])
 
 
 def _packed(model: Any) -> bool:

@@ -29,7 +29,7 @@ class TrainSettings(BaseModel):
     warmup: float = Field(0.03, ge=0, description="below 1 a share of all steps, else a number of steps")
     batch_size: int = Field(16, ge=1, description="examples a step, over all ranks")
     batch_tokens: int | None = Field(None, ge=1, description="examples in order up to so many tokens a step, instead")
-    micro_batch_tokens: int | Literal["auto"] = Field(
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="tokens a forward; auto: 1536 on CPU, 16384 on a GPU, halved when memory runs out"
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(

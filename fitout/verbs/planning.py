@@ -223,7 +223,7 @@ def batches_of(recipe: Recipe, part: Any) -> Batches:
         part, batch_size=train.batch_size, batch_tokens=train.batch_tokens, seed=train.seed, packing=packing,
         share=packing,
     )  # fmt: skip
-    batches.share = packing and _sharing_pays(*_saving(batches, total_steps(recipe, batches)))
+    batches.share = packing and _sharing_pays(*_saving(recipe, batches))
     return batches
 
 
@@ -231,9 +231,14 @@ def total_steps(recipe: Recipe, batches: Batches) -> int:
     return recipe.train.max_steps or batches.steps_in(recipe.train.epochs)
 
 
-def _saving(batches: Batches, total: int) -> tuple[int, int]:
-    """(tokens apart, tokens computed) of the first steps."""
-    return batches.saving(min(total, JUDGED_STEPS), budget=4096)
+def _saving(recipe: Recipe, batches: Batches) -> tuple[int, int]:
+    """(tokens apart, tokens computed) of the first steps, in the micro-batches that a run begins with here."""
+    from ..model.precision import best_device
+    from ..train import FIRST_BUDGET
+
+    asked = recipe.train.micro_batch_tokens
+    budget = FIRST_BUDGET[best_device().type] if asked == "auto" else asked
+    return batches.saving(min(total_steps(recipe, batches), JUDGED_STEPS), budget=budget)
 
 
 def _sharing_pays(apart: int, computed: int) -> bool:
@@ -415,8 +420,8 @@ def told_against_plan(directory: RunDir, forecast: Any, before_mb: int, device: 
     return "plan: " + ("; ".join(parts) or "nothing that was predicted could be measured")
 
 
-def tell_sharing(batches: Batches, total: int, screen: Screen) -> None:
+def tell_sharing(recipe: Recipe, batches: Batches, total: int, screen: Screen) -> None:
     """Shared prefixes are used where they save over 5 %, judged on the first steps."""
     if batches.share:
-        apart, computed = _saving(batches, total)
+        apart, computed = _saving(recipe, batches)
         screen.say(f"shared prefixes: {apart:,} -> {computed:,} tokens in the first {min(total, JUDGED_STEPS)} steps")

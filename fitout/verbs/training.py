@@ -139,7 +139,7 @@ def _train_model(
         _require_space(recipe, directory, trained, held, method.frozen_base, total)
     for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
         screen.say(note)
-    tell_sharing(batches, total, screen)
+    tell_sharing(recipe, batches, total, screen)
     products = products_of(recipe, kind, chat.grown, device)
     job = Job(
         model=model,

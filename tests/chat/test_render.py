@@ -10,6 +10,7 @@ import pytest
 from fitout.chat import ChatSettings, render
 from fitout.chat.render import _Rendered
 from fitout.chat.render_worker import _token_at
+from fitout.chat.sandbox import Crew
 from fitout.chat.types import Message, Text
 from fitout.errors import ModelError, TemplateError
 from fitout.model.load import SHELL
@@ -137,6 +138,63 @@ def test_a_refused_conversation_is_one_of_its_batch(case, monkeypatch, few):
     monkeypatch.setattr(chat.tokenizer, "chat_template", rewriting)
     [[one]] = chat.render_all([[good]], 1)
     assert isinstance(one, TemplateError) and "differently from its own prompt" in one.message
+
+
+def newlines_together(path, **changes):
+    """A ChatML tokenizer that, as Qwen's and Llama 3's, has a token for two newlines."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    own.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator(
+        ["\n\n"] * 9, trainers.BpeTrainer(vocab_size=257, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(path)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    return open_chat(path, ChatSettings(template="chatml"))
+
+
+@pytest.mark.parametrize("answer", ["Paris", "\nParis", "\n\nParis", " Paris"])
+def test_what_is_trained_begins_with_the_prompt_as_it_is_served(tmp_path, answer):
+    chat = newlines_together(tmp_path)
+    chat.check()
+    first, second = Message("assistant", answer), Message("assistant", "\n" + answer)
+    turns = (Message("user", "Capital?"), first, Message("user", "Again?"), second)
+    for talked in (talk(*turns[:2]), talk(*turns)):
+        samples = chat.render(talked)
+        assert len(samples) == (1 if len(talked.messages) == 2 else 2)
+        with Crew(1, chat.tokenizer.backend_tokenizer.to_str(), chat.control_ids) as crew:
+            [by_the_worker] = crew.submit(lambda by, one=talked: chat._each_by([one], by)).result()
+        assert [(list(s.ids), s.train_on) for s in by_the_worker] == [(list(s.ids), s.train_on) for s in samples]
+        for tokens, upto in zip(samples[::-1], range(len(talked.messages), 0, -2), strict=False):
+            prompt = chat.prompt_ids(talked.messages[: upto - 1])
+            assert list(tokens.ids[: len(prompt)]) == prompt and not any(tokens.train_on[: len(prompt)])
+            assert chat.decode(tokens.ids[len(prompt) :]).rstrip("\n") == talked.messages[upto - 1].content
+            assert tokens.ids[-1 if tokens.train_on[-1] else -2] in chat.stop_ids
+
+
+def test_what_stands_for_the_unknown_ends_no_turn(tmp_path):
+    """A tokenizer that cannot spell what the template writes after a turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {token: number for number, token in enumerate(["<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyzTW:?. "])}
+    own = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.Split(" ", "isolated"), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    chat = open_chat(tmp_path, ChatSettings(template="plain"))
+    chat.check()
+    [tokens] = chat.render(talk(*TURNS[:2]))
+    assert chat.stop_ids == (1,) and [i for i, on in zip(tokens.ids, tokens.train_on, strict=True) if on][-1] == 1
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (tmp_path / "no_end.jinja").write_text(turns + "{% if add_generation_prompt %}assistant:{% endif %}")
+    with pytest.raises(TemplateError, match="without an end-of-turn token"):
+        open_chat(tmp_path, ChatSettings(template=str(tmp_path / "no_end.jinja"))).check()
 
 
 def test_an_answer_decodes_to_what_was_said(case):

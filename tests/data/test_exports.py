@@ -256,6 +256,23 @@ def test_every_answer_of_a_tree_is_trained_once():
     assert [message.train for message in second.messages if message.role == "assistant"] == [False, True]
 
 
+def test_a_shared_answer_is_trained_in_the_shortest_branch():
+    """Which of the branches is too long is known later; the shortest one is left out last."""
+    ends = [node("x", "prompter", node("long " * 50, "assistant")), node("y", "prompter", node("b", "assistant"))]
+    long, short = of_row("oasst", {"prompt": node("q", "prompter", node("a", "assistant", *ends))})
+    assert [message.train for message in long.messages if message.role == "assistant"] == [False, True]
+    assert [message.train for message in short.messages if message.role == "assistant"] == [True, True]
+
+
+@pytest.mark.parametrize("bad", ["question", "answer"])
+def test_an_answer_that_only_bad_ones_follow_ends_its_branch(bad):
+    answer = node("a1", "assistant", deleted=bad == "answer")
+    tree = node("q", "prompter", node("a0", "assistant", node("q1", "prompter", answer, deleted=bad == "question")))
+    talk, *refused = sorted(of_row("oasst", {"prompt": tree}), key=lambda one: isinstance(one, Refused))
+    assert [message.content for message in talk.messages] == ["q", "a0"] and talk.messages[1].train
+    assert [one.reason for one in refused] == ["a message that was deleted or did not pass review"]
+
+
 def test_rankings_of_a_tree_are_pairs():
     answers = [node(f"a{rank}", "assistant", rank=rank) for rank in (2, 0, 1)]
     pairs = of_row("oasst_pairs", {"prompt": node("q", "prompter", *answers, node("x", "assistant"))})

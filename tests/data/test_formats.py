@@ -104,6 +104,20 @@ def test_alpaca_instances_become_parts():
     assert refused({**row, "instances": []}) == "`instances` is empty"
 
 
+def test_answers_within_a_prompt_are_context_unless_they_say_otherwise():
+    """As TRL's conversational prompt and completion are trained: on the completion."""
+
+    def prompt(**marks):
+        turn = {"role": "assistant", "content": "shown", **marks}
+        return [{"role": "user", "content": "q"}, turn, {"role": "user", "content": "again"}]
+
+    wanted = [{"role": "assistant", "content": "wanted"}]
+    for marks, trained in (({}, False), ({"train": True}, True), ({"weight": 1}, True), ({"weight": 0}, False)):
+        for completion in (wanted, "wanted"):
+            (sample,) = convert({"prompt": prompt(**marks), "completion": completion})
+            assert [m.train for m in sample.messages if m.role == "assistant"] == [trained, True]
+
+
 def test_sharegpt_tools():
     tool = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
     row = {

@@ -234,6 +234,26 @@ def test_balance_by_dropping_and_by_repeating():
     assert counts(capped) == {"a": 12, "b": 30, "c": 10, "other": 5}
 
 
+def test_a_later_wish_counts_what_an_earlier_one_repeats():
+    length = ["short"] * 20 + ["long"] * 5
+    place = ["head"] * 10 + ["tail"] * 15
+    names, ones = [str(n) for n in range(25)], np.ones(25, np.int64)
+
+    def counts(classes, times):
+        return {label: int(times[[one == label for one in classes]].sum()) for label in sorted(set(classes))}
+
+    first = distribute(ones, length, BalanceSettings(by="length", to="equal", how="repeat"), names, 0)
+    assert counts(length, first) == {"long": 20, "short": 20} and counts(place, first) == {"head": 10, "tail": 30}
+    for how, each in (("repeat", 30), ("drop", 10)):
+        second = distribute(first, place, BalanceSettings(by="position", to="equal", how=how), names, 0)
+        assert counts(place, second) == {"head": each, "tail": each}
+        kept = [second[at] / first[at] - (3 if place[at] == "head" else 1) for at in range(25)]
+        assert how == "drop" or max(map(abs, kept)) == 0  # within a class the proportions stay
+    for cap in (25, 19):
+        capped = cap_classes(first, ["x"] * 5 + ["y"] * 20, {"x": cap, "y": cap}, names, 0)
+        assert counts(["x"] * 5 + ["y"] * 20, capped) == {"x": 5, "y": cap}
+
+
 def test_length_classes():
     classes, order = length_classes(np.array([1, 64, 65, 128, 129, 999]), [64, 128])
     assert classes == ["1-64", "1-64", "65-128", "65-128", "129-", "129-"] and order == ["1-64", "65-128", "129-"]

@@ -19,8 +19,8 @@ Turns = tuple[dict[str, Any], ...]
 
 
 class Oasst:
-    """A conversation for each answer that ends a branch. Branches share their beginnings: an answer that an earlier
-    branch has trained is context in the later ones, so that every answer of the tree is trained once."""
+    """A conversation for each answer that ends a branch. Branches share their beginnings: every answer of the tree is
+    trained once, in the shortest branch that has it (the last one to be too long), and context in the others."""
 
     name = "oasst"
     keys = "message_tree_id, prompt: {text, role, replies} (Open Assistant trees; `oasst_pairs` for their rankings)"
@@ -30,22 +30,27 @@ class Oasst:
         return isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]
 
     def convert(self, row: Row, origin: Origin, columns: Columns | None = None) -> Sequence[Sample | Refused]:
-        found: list[Sample | Refused] = []
-        trained: set[int] = set()
+        ends: list[tuple[Turns, str]] = []
         for turns, fault in branches(row):
-            here = Origin(origin.file, origin.line, len(found) + 1)
-            last = turns[-1]
-            if not fault and said_by(last) == "user":
-                fault = "" if replies(last) else "nobody has answered this turn"
+            if not fault and said_by(turns[-1]) == "user":
+                fault = "" if replies(turns[-1]) else "nobody has answered this turn"
                 if not fault:
                     continue
-            elif not fault and any(replies(question) for question in replies(last)):
+            elif not fault and any(sound((*turns, question)) for question in sound(turns)):
                 continue  # the branch goes on
+            ends.append((turns, fault))
+        trains: dict[int, Turns] = {}  # by answer, the branch that trains it
+        for turns, fault in sorted(ends, key=lambda end: 0 if end[1] else sum(len(one["text"]) for one in end[0])):
+            if not fault:
+                for one in turns:
+                    trains.setdefault(id(one), turns)
+        found: list[Sample | Refused] = []
+        for turns, fault in ends:
+            here, last = Origin(origin.file, origin.line, len(found) + 1), turns[-1]
             if fault:
                 found.append(Refused(here, fault, last.get("text")))
                 continue
-            messages = tuple(Message(said_by(one), one["text"], train=id(one) not in trained) for one in turns)
-            trained.update(map(id, turns))
+            messages = tuple(Message(said_by(one), one["text"], train=trains[id(one)] is turns) for one in turns)
             rank = {"rank": last["rank"]} if isinstance(last.get("rank"), int) else {}
             found.append(Conversation(messages, here, (), about(row) | rank))
         return found
@@ -116,6 +121,11 @@ def wrong(turns: Turns) -> str:
 
 def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
     return message.get("replies") or []
+
+
+def sound(turns: Turns) -> list[dict[str, Any]]:
+    """The replies to the last turn with which nothing is wrong."""
+    return [reply for reply in replies(turns[-1]) if not wrong((*turns, reply))]
 
 
 def said_by(message: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ...chat.types import Message, Origin, Sample
@@ -16,7 +17,8 @@ ANSWERS = ("completion", "response", "answer", "std_answer", "output", "target",
 
 
 class PromptCompletion:
-    """One question and its answer. Both may be lists of messages, as TRL's conversational form has them."""
+    """One question and its answer. Both may be lists of messages, as TRL's conversational form has them; answers within
+    the prompt are then context, unless a turn says `train: true` itself."""
 
     name = "prompt_completion"
     keys = f"prompt (or {', '.join(PROMPTS[1:])}), completion (or {', '.join(ANSWERS[1:])}), [system]"
@@ -30,7 +32,11 @@ class PromptCompletion:
         prompt, answer = first_key(row, PROMPTS), first_key(row, ANSWERS)
         if prompt is None or answer is None:
             raise RowError(f"no `{'prompt' if prompt is None else 'completion'}`")
-        messages = turns(row, prompt, "user") + turns(row, answer, "assistant")
+        asked = row[prompt] if isinstance(row[prompt], list) else []
+        told = [isinstance(turn, dict) and ("train" in turn or "weight" in turn) for turn in asked]
+        before = turns(row, prompt, "user")
+        before = [one if says else replace(one, train=False) for one, says in zip(before, told, strict=False)] or before
+        messages = before + turns(row, answer, "assistant")
         return [conversation(messages, row, origin, (prompt, answer))]
 
 
