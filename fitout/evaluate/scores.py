@@ -165,6 +165,9 @@ def rouge_rows(answers: Sequence[str], references: Sequence[str], words: Words =
 # Scores with intervals
 
 
+FEW = 5  # rows, below which resampling them says nothing of others
+
+
 @dataclass(frozen=True)
 class Score:
     """A value over n rows, and its 95 % interval [low, high]."""
@@ -179,8 +182,8 @@ class Score:
 class Comparison:
     """Base against tuned on the same rows. `difference` is tuned minus base, paired by row.
 
-    `interval` says where the intervals come from: `bootstrap` (percentile), or `exact` where all rows score alike, so
-    that resampling them could only repeat itself (see `alike_interval`).
+    `interval` says where the intervals come from: `bootstrap` (percentile); `exact` where all rows score alike, so that
+    resampling them could only repeat itself (see `alike_interval`); or that there are too few rows to resample.
     """
 
     name: str
@@ -208,6 +211,7 @@ class Measure:
     value      sums (..., k) -> values (...)
     unit       the largest value a row can reach when the value is the mean of row scores from 0 on; None for other
                values
+    top        the largest value there is, None where there is none
     """
 
     name: str
@@ -218,6 +222,7 @@ class Measure:
     signature: str
     unit: float | None = None
     higher_is_better: bool = True
+    top: float | None = None
 
     def only(self, wanted: Iterable[int]) -> Measure:
         """The same measure on some of the rows."""
@@ -236,7 +241,7 @@ def mean_measure(name: str, base: Sequence[float], tuned: Sequence[float], signa
         return np.stack([100.0 * np.asarray(scores, dtype=np.float64), np.ones(len(scores))], axis=1)
 
     rows = np.arange(len(base), dtype=np.int64)
-    return Measure(name, rows, statistics(base), statistics(tuned), ratio, signature, unit=100.0)
+    return Measure(name, rows, statistics(base), statistics(tuned), ratio, signature, unit=100.0, top=100.0)
 
 
 def resampled_sums(statistics: np.ndarray, samples: int, seed: int) -> np.ndarray:
@@ -273,16 +278,22 @@ def compare(measure: Measure, samples: int = 1000, seed: int = 0) -> Comparison:
         return base, tuned, tuned - base
 
     row_values = values(both) if measure.unit is not None else None
-    scores, exact = [], False
+    scores, interval = [], "bootstrap"
     for which, (value, resamples) in enumerate(zip(values(total), values(drawn), strict=True)):
         low, high = (float(edge) for edge in np.percentile(resamples, [2.5, 97.5]))
-        if row_values is not None and measure.unit is not None and np.ptp(row_values[which]) == 0:
-            floor = -measure.unit if which == 2 else 0.0
-            low, high = alike_interval(float(value), n, floor, measure.unit)
-            exact = True
+        floor = -(measure.top or 0.0) if which == 2 else 0.0
+        if row_values is not None and measure.top is not None and np.ptp(row_values[which]) == 0:
+            low, high = alike_interval(float(value), n, floor, measure.top)
+            interval = "exact where all rows score alike, else bootstrap"
+        elif row_values is None and (n < FEW or np.ptp(resamples) == 0):
+            # Of a value that is no mean of rows (BLEU, macro-F1, perplexity) they say nothing of the rows not seen.
+            if measure.top is not None:
+                low, high = alike_interval(float(value), n, floor, measure.top)
+            elif which == 2:
+                low, high = min(low, 0.0), max(high, 0.0)
+            interval = "too few or too equal rows to resample"
         scores.append(Score(float(value), n, low, high))
     base, tuned, difference = scores
-    interval = "exact where all rows score alike, else bootstrap" if exact else "bootstrap"
     return Comparison(measure.name, base, tuned, difference, interval, measure.signature, measure.higher_is_better)
 
 
@@ -330,7 +341,9 @@ def _bleu_measures(
         base_rows, signature = bleu_statistics([base[row] for row in rows], wanted, tokenizer)
         tuned_rows, _ = bleu_statistics([tuned[row] for row in rows], wanted, tokenizer)
         name = "bleu" if len(set(tokenizers)) == 1 else f"bleu:{tokenizer}"
-        measures.append(Measure(name, np.asarray(rows, dtype=np.int64), base_rows, tuned_rows, bleu_value, signature))
+        measures.append(
+            Measure(name, np.asarray(rows, dtype=np.int64), base_rows, tuned_rows, bleu_value, signature, top=100.0)
+        )
     return measures
 
 
@@ -412,7 +425,7 @@ def _each_row(
 def _macro_f1(base: Sequence[str], tuned: Sequence[str], references: Sequence[str]) -> Measure:
     base_rows, tuned_rows = (macro_f1_statistics(answers, references) for answers in (base, tuned))
     signature = f"labels:{len(set(map(normalise, references)))}"
-    return Measure("macro_f1", np.arange(len(references)), base_rows, tuned_rows, macro_f1_value, signature)
+    return Measure("macro_f1", np.arange(len(references)), base_rows, tuned_rows, macro_f1_value, signature, top=100.0)
 
 
 def _rouge_measures(

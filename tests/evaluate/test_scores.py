@@ -248,6 +248,20 @@ def test_where_all_rows_are_alike_the_interval_is_the_exact_one():
     assert same.verdict == "no difference shown"
 
 
+def test_too_few_rows_give_no_verdict():
+    """What is no mean of rows could else be "better" by a single question, with an interval of no width."""
+    for n in (1, 2, 4):
+        answers, others = ["the cat sat on the mat"] * n, ["a dog ran over the whole field today"] * n
+        for base, tuned in ((answers, others), (others, answers)):
+            for measure in scores.measures(["bleu"], answers, base, tuned, prompts=["?"] * n):
+                result = scores.compare(measure)
+                assert result.verdict == "no difference shown" and result.interval.startswith("too few")
+                assert 0 <= result.base.low <= result.base.value <= result.base.high <= 100
+    few = np.array([[2.0, 1.0]] * 3)
+    perplexity = scores.Measure("p", np.arange(3), few, few + [[0.1, 0.0]], lambda s: np.exp(s[..., 0] / s[..., 1]), "")
+    assert scores.compare(perplexity).verdict == "no difference shown"
+
+
 def test_intervals_are_repeatable_and_follow_the_seed():
     measure = scores.mean_measure("x", np.arange(40) / 40, np.arange(40)[::-1] / 50, "")
     assert scores.compare(measure, seed=1) == scores.compare(measure, seed=1) != scores.compare(measure, seed=2)
