@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,39 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load(path: str | Path, changes: list[str] | None = None) -> Recipe:
-    """Reads a recipe and applies `--set` changes. Relative paths in it are taken from the recipe's folder.
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a mapping in which a key stands twice: YAML takes the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises yaml.YAMLError, also for what PyYAML ends in other errors with."""
+    try:
+        loader = _EachKeyOnce(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (ValueError, RecursionError) as error:  # no such day, a number too long, too deep
+        raise yaml.YAMLError(str(error) or "nested too deeply") from None
+
+
+def load(path: str | Path, changes: list[str] | None = None, *, anchor: bool = True) -> Recipe:
+    """Reads a recipe and applies `--set` changes. Relative paths in it are taken from the recipe's folder, or with
+    `anchor` False from the working directory alone.
 
     Raises RequestError when the file cannot be read, RecipeError with every fault in it at once.
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         raise RequestError(
@@ -62,13 +89,13 @@ def load(path: str | Path, changes: list[str] | None = None) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RequestError(
-            f"this is not YAML: {getattr(error, 'problem', error)}", where=where, hint="Check the indentation there."
+            f"this is no recipe's YAML: {getattr(error, 'problem', error)}", where=where, hint="Correct it there."
         ) from None
     if not isinstance(raw, dict):
         raise RequestError("a recipe is a YAML mapping (name:, data:, ...)", where=str(path))
     for change in changes or []:
         _apply(raw, change)
-    return build(raw, folder=path.parent, where=str(path))
+    return build(raw, folder=path.parent if anchor else None, where=str(path))
 
 
 def build(raw: dict[str, Any], *, folder: Path | None = None, where: str = "") -> Recipe:
@@ -77,9 +104,25 @@ def build(raw: dict[str, Any], *, folder: Path | None = None, where: str = "") -
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(_faults(error, raw), where=where) from None
+    if odd := list(_no_numbers(raw, recipe.model_dump(), "")):
+        raise RecipeError(odd, where=where)
     if folder is not None:
         _anchor_paths(recipe, folder)
     return recipe
+
+
+def _no_numbers(given: Any, taken: Any, key: str) -> Iterator[str]:
+    """Where a number is none that can be counted with, or `true` was taken for 1."""
+    if isinstance(given, dict) and isinstance(taken, dict):
+        for name in given.keys() & taken.keys():
+            yield from _no_numbers(given[name], taken[name], f"{key}.{name}".lstrip("."))
+    elif isinstance(given, list) and isinstance(taken, list | tuple):
+        for number, (one, other) in enumerate(zip(given, taken, strict=False)):
+            yield from _no_numbers(one, other, f"{key}.{number}")
+    elif isinstance(taken, float) and not math.isfinite(taken):
+        yield f"{key}: {given} is no number to count with"
+    elif isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        yield f"{key}: {str(given).lower()} is no number"
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:
@@ -88,7 +131,7 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     if not equals or not key:
         raise RequestError(f"--set takes KEY=VALUE, not {change!r}", hint="For example: --set train.lr=1e-4")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = parse_yaml(value)
     except yaml.YAMLError:
         parsed = value
     if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):

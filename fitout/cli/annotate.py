@@ -12,6 +12,7 @@ import yaml
 from rich.table import Table
 
 from .. import verbs
+from ..config import parse_yaml
 from ..errors import RequestError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def one_of(word: str, known: Sequence[str], where: str) -> str:
 def read_labels(path: Path) -> dict[str, list[str]]:
     """{task: [sub-task, ...]} of a JSON or YAML file."""
     try:
-        labels = yaml.safe_load(path.read_text(encoding="utf-8"))
+        labels = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RequestError(f"the labels cannot be read: {error}", where=str(path)) from None
     if isinstance(labels, list):

@@ -203,7 +203,7 @@ def evaluate(
     with open_screen(json) as screen:
         directory = RunDir(run)
         verbs.recipe_of(directory)
-        verbs.evaluate(directory, changes=load(directory.recipe, changes), screen=screen.verbs)
+        verbs.evaluate(directory, changes=load(directory.recipe, changes, anchor=False), screen=screen.verbs)
         screen.show_run(directory)
 
 

@@ -46,7 +46,7 @@ class SourceSettings(BaseModel):
     path: str = Field(min_length=1)
     format: str | None = None
     columns: dict[str, str] | None = None
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0, le=1000)
     share: float | None = Field(default=None, gt=0, le=1)
     limit: int | None = Field(default=None, ge=1)
     split: Part | None = None
@@ -361,7 +361,7 @@ class DataSettings(BaseModel):
     sources: list[SourceSettings] = Field(min_length=1)
     repairs: str | None = None
     split: SplitSettings = SplitSettings()
-    split_seed: int | None = Field(default=None, ge=0)
+    split_seed: int | None = Field(default=None, ge=0, lt=2**63)
     max_length: int = Field(default=1024, ge=8)
     too_long: Literal["drop", "truncate", "error"] = "drop"
     packing: bool = True

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..chat.types import Conversation, Origin, Sample
 from ..errors import DataError
-from ..files import read_jsonl
+from ..files import explain_os_errors
 from .content import digest
 from .formats import Columns, Format, Refused, RowError
 from .formats.openai import TURNS
@@ -177,15 +177,38 @@ def without_control(sample: Sample, control: Sequence[str]) -> Repair | None:
 # accepted
 
 
+def read_repairs(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that people edit; none where there is no file. Raises DataError for one that is no object."""
+    if not path.exists():
+        return []
+    found = []
+    with explain_os_errors(path, "read"):
+        lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            row = error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"this is no repair: {row if isinstance(row, Exception) else 'not an object'}",
+                where=f"{path}:{number}",
+                harm="What was accepted there would be left out.",
+                hint="Correct the line: one JSON object, as `fitout data repair` writes them.",
+            )
+        found.append(row)
+    return found
+
+
 def accepted(path: Path) -> Repairs:
     """The accepted repairs in a file, by the identity of the row they are for; none where there is no file.
 
     Raises DataError for an accepted line without a row.
     """
-    if not path.exists():
-        return {}
     found: Repairs = {}
-    for number, row in enumerate(read_jsonl(path), 1):
+    for number, row in enumerate(read_repairs(path), 1):
         if row.get("accept") is not True:
             continue
         if not isinstance(row.get("id"), str) or not row.get("row"):

@@ -125,7 +125,16 @@ def list_files(source: SourceSettings, base: Path) -> Listing:
 def list_folder(folder: Path, name: str) -> Listing:
     """All files below a folder, sorted by path; hidden, linked, empty and unknown ones are passed over."""
     listing = Listing()
-    for root, folders, files in os.walk(folder):
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(
+            f"a folder cannot be read: {error.strerror}",
+            where=str(error.filename),
+            harm="The rows of its files would be missing without a word.",
+            hint="Give yourself the right to read it, or name the files one by one.",
+        )
+
+    for root, folders, files in os.walk(folder, onerror=unreadable):
         here = Path(root)
         for child in sorted(folders):
             if child.startswith(".") or (here / child).is_symlink():

@@ -23,6 +23,7 @@ from ..chat.render import open_chat
 from ..errors import ModelError, RequestError
 from ..files import read_json, write_json
 from ..model.load import adapter_folder, load_base, write_tensors
+from ..model.methods import saved_in
 from . import How
 from .card import adapter_tensors
 from .write import save_chat
@@ -124,6 +125,13 @@ def _check_fit(found: list[Path], configs: list[dict[str, Any]], how: How) -> No
                 where=str(folder),
                 harm="What is not low-rank would be left out.",
                 hint="Merge it into the base, and train the others on the merged model.",
+            )
+        if held := saved_in(folder).held:
+            raise ModelError(
+                f"an adapter over a base that is held {held} cannot be combined",
+                where=str(folder),
+                harm="It would be added to the 16-bit base, which is not the one it was trained over.",
+                hint="Merge it (`fitout merge` de-quantises the base), and train the others on the merged model.",
             )
     bases = {(config["base_model_name_or_path"], config.get("revision")) for config in configs}
     if len(bases) > 1:

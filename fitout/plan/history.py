@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from statistics import median
 from typing import Any
 
-from ..files import home, read_jsonl
+from ..files import home
 
 
 def remember(row: dict[str, Any]) -> None:
     """Adds one run's predicted and measured figures."""
     path = home() / "plans.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with open(path, "a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = size and file.read(1) != b"\n"
+        file.write(b"\n" * bool(torn) + json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def past(machine: str, last: int = 20) -> list[dict[str, Any]]:
     """The newest runs on `machine`."""
     path = home() / "plans.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
-    return [row for row in rows if row.get("machine") == machine][-last:]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError):  # torn by a kill or a full disk: one plan less
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("machine") == machine][-last:]
 
 
 def past_error(machine: str) -> str | None:

@@ -16,6 +16,8 @@ PARALLEL = ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3")
 FIRST_BUDGET = {"cpu": 1536, "cuda": 16384}
 RECOMPUTED = (0.25, 0.5, 0.75, 1.0)  # shares of the layers whose activations are recomputed when memory runs out
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainSettings(BaseModel):
     """How long, how fast, in which numbers, and what is kept."""
@@ -36,7 +38,7 @@ class TrainSettings(BaseModel):
         "adamw", description="8bit: moments in 8 bits (bitsandbytes); paged: moved to main memory when a GPU's is full"
     )
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -52,7 +54,7 @@ class TrainSettings(BaseModel):
     on_nonfinite: Literal["skip", "stop"] = Field(
         "skip", description="a step with NaN or Inf: skip it (ten in a row end the run), or stop at the first"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept besides the best")
     evaluate_every: int | None = Field(None, ge=1, description="steps between validations; default once an epoch")
@@ -89,6 +91,6 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _warmup_makes_sense(self) -> Self:
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
+        if self.warmup >= 1 and self.warmup % 1:
             raise ValueError("warmup is a share below 1 or a whole number of steps")
         return self

@@ -118,7 +118,7 @@ class Checkpoints:
         if not paths or verify(paths[0]) is not None:
             return
         kept: set[int | None] = {_step(path) for path in paths[:keep_last]}
-        kept |= {read_json(path / STATE)["progress"]["best_step"] for path in paths[:keep_last]} | {best_step}
+        kept |= {_best_known_to(path) for path in paths[:keep_last]} | {best_step}
         for path in paths[keep_last:]:
             if _step(path) not in kept:
                 shutil.rmtree(path)
@@ -131,6 +131,14 @@ class Checkpoints:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
+
+
+def _best_known_to(path: Path) -> int | None:
+    """None also for a damaged one, which is never gone on from."""
+    try:
+        return read_json(path / STATE)["progress"]["best_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def verify(path: Path) -> str | None:

@@ -463,6 +463,7 @@ class _Run:
         if self.saved_step == self.at.step:
             return
         self.backend.alive()
+        self._require_finite_weights()
         weights, moments = self._weights(), self.backend.moments(self.optimizer, self.parameters)
         if self.backend.main:
             state = {"identity": self.job.identity, "progress": asdict(self.at), "backend": self.backend.state()}
@@ -470,6 +471,17 @@ class _Run:
         self.backend.bring_together(weights, moments)
         self.backend.barrier()
         self.saved_step = self.at.step
+
+    def _require_finite_weights(self) -> None:
+        """Steps whose gradients are not finite are skipped; what a step that was far too large leaves is found here."""
+        own = (getattr(p, "to_local", lambda p=p: p)() for p in self.parameters.values())
+        if self.backend.any(any(not bool(p.detach().isfinite().all()) for p in own)):
+            raise FitoutError(
+                f"the weights are no longer finite after step {self.at.step}",
+                where=str(self.job.run.path),
+                harm="A model of them would answer nothing; they are not saved, the checkpoint before is kept.",
+                hint="Lower train.lr, or set train.clip; then train anew under another name or --out.",
+            )
 
     def save_now(self) -> None:
         """Saves, and no rank goes on before all is written: what ends one of them may end the others."""

@@ -80,7 +80,7 @@ def repair_data(
 ) -> Repaired:  # fmt: skip
     """Writes what could be repaired to `repairs.jsonl`, and prepares again with what is accepted there."""
     from ..data.prepare import repairs_file
-    from ..data.repair import draft, shown
+    from ..data.repair import draft, read_repairs, shown
     from ..files import read_jsonl, write_jsonl
 
     if directory.has_training():
@@ -101,7 +101,7 @@ def repair_data(
                 hint=f"There are: {', '.join(sorted(known)) or 'none'}; or say all.",
             )
     path = repairs_file(recipe.data, directory)
-    before = read_jsonl(path) if path.exists() else []
+    before = read_repairs(path)
     lines = draft(quarantine, before, accept)
     if lines != before:
         write_jsonl(path, lines)

@@ -12,11 +12,27 @@ from fitout.data.formats import FORMATS, choose
 from fitout.data.ledger import Ledger
 from fitout.data.prepare import kept_samples, prepare
 from fitout.data.repair import accepted, draft, rule_of, suggest
-from fitout.errors import CheckError, DataError
+from fitout.errors import CheckError, DataError, FitoutError
 from fitout.files import read_jsonl, write_jsonl
 from fitout.rundir import RunDir
 
 HERE = Origin("rows.jsonl", 1)
+
+
+def test_a_file_of_repairs_is_read_as_people_write_it(tmp_path):
+    """Without a newline at the end, with an empty line; and what is no repair is named with its place."""
+    path = tmp_path / "repairs.jsonl"
+    one, other = (json.dumps({"id": name, "accept": True, "row": {"prompt": "q\u2028", "completion": "a"}},
+                             ensure_ascii=False) for name in "ab")  # fmt: skip
+    path.write_text(f"{one}\n\n{other}", encoding="utf-8")
+    assert list(accepted(path)) == ["a", "b"]
+    for bad in ("{", "[1]", "[" * 100_000):
+        path.write_text(f"{one}\n{bad}", encoding="utf-8")
+        with pytest.raises(DataError, match="this is no repair") as error:
+            accepted(path)
+        assert error.value.where == f"{path}:2"
+    with pytest.raises(FitoutError):
+        accepted(tmp_path)
 
 
 def plug(name):

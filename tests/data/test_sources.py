@@ -8,6 +8,7 @@ import decimal
 import gzip
 import io
 import json
+import os
 import sys
 import types
 
@@ -345,7 +346,7 @@ def test_hub_errors_are_ours(monkeypatch):
         ({"path": "a", "encoding": "hex"}, "unknown text encoding"),
         ({"path": "a", "encoding": "unicode_escape"}, "escape"),
         ({"path": "a", "weight": 0}, "greater than 0"),
-        ({"path": "a", "weight": float("inf")}, "finite"),
+        ({"path": "a", "weight": float("inf")}, "less than or equal to 1000"),
         ({"path": "a", "weight": 2, "split": "test"}, "no effect"),
         ({"path": "a", "limit": 0}, "greater than or equal to 1"),
         ({"path": "a", "typo": 1}, "Extra inputs"),
@@ -386,3 +387,20 @@ def test_a_format_is_told_by_few_rows_where_they_are_large(tmp_path, monkeypatch
 def test_the_weight_of_a_row(value):
     assert 1000 < weight(value, 1 << 20) < 1700
     assert weight([value] * 50, 5000) <= 5000 + 1700
+
+
+def test_a_folder_within_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    for path in (tmp_path / "a.jsonl", tmp_path / "sub" / "b.jsonl"):
+        path.write_text('{"prompt": "q", "completion": "a"}\n')
+    real = os.scandir
+
+    def refuses(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(DataError, match="a folder cannot be read: Permission denied") as error:
+        list(read(SourceSettings(path=str(tmp_path)), tmp_path))
+    assert error.value.where == str(tmp_path / "sub")

@@ -125,6 +125,17 @@ def test_adapters_that_do_not_go_together(tmp_path, change, how, message):
     assert error.value.exit_code == 2 and not (tmp_path / "out").exists()
 
 
+def test_one_over_four_bits_is_refused(tmp_path):
+    """It belongs to another base than the 16-bit one that it would be added to."""
+    from fitout.model.methods.qlora import RECORD
+
+    save_lora(tmp_path / "a")
+    save_lora(tmp_path / "b")
+    write_json(tmp_path / "b" / RECORD, {"quant": "nf4", "double_quant": True})
+    with pytest.raises(FitoutError, match="held in 4 bits, nf4 with double quantisation cannot be combined"):
+        combine([tmp_path / "a", tmp_path / "b"], tmp_path / "out", how="linear")
+
+
 def test_templates_and_trained_embeddings(tmp_path):
     save_lora(tmp_path / "a")
     save_lora(tmp_path / "b", settings=ChatSettings(template="plain"))

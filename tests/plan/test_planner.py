@@ -166,6 +166,20 @@ def test_past_plans_are_remembered(tmp_path, monkeypatch):
     assert "last 3 runs" in told and "memory by 10 % (at most 10 %)" in told and "time by 20 % (at most 20 %)" in told
 
 
+def test_a_torn_line_costs_one_plan_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "home", lambda: tmp_path)
+    row = {
+        "machine": "here",
+        "predicted": {"peak_mb": 1, "step_seconds": 1},
+        "measured": {"peak_mb": 1, "step_seconds": 1},
+    }
+    history.remember(row)
+    with open(tmp_path / "plans.jsonl", "a") as file:
+        file.write('{"machine": "he')
+    history.remember(row)
+    assert history.past("here") == [row, row]
+
+
 def test_a_probe_is_remembered_for_its_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("FITOUT_HOME", str(tmp_path))
     with pytest.raises(NotMeasured):

@@ -77,6 +77,15 @@ def test_resumed_with_another_micro_batch_and_with_the_one_that_memory_made_smal
         assert train(job, resume=True).budget == ran
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """A rate at which the first step overflows: its gradients were finite, so that it was not skipped."""
+    job = make_job(tmp_path, total=4, lr=1e38, save_every=1)
+    with pytest.raises(FitoutError, match="weights are no longer finite after step") as error:
+        train(job)
+    assert "train.lr" in error.value.hint
+    assert not [path for path in job.run.checkpoints.glob("step-*")]
+
+
 def test_out_of_memory_to_the_end(tmp_path, monkeypatch):
     """Halved, then activations recomputed in more and more layers, then given up with advice; the log tells each."""
     monkeypatch.setattr(loop, "train_step", fails_once(torch.OutOfMemoryError("no"), times=100, at_call=1))
@@ -381,6 +390,15 @@ def test_checkpoints_kept(tmp_path):
     train(job)
     assert {p.name for p in job.run.checkpoints.iterdir()} == {"step-8", "step-10", "LATEST"}
     assert (job.run.checkpoints / "LATEST").read_text().strip() == "step-10"
+
+
+def test_a_damaged_older_checkpoint_ends_nothing(tmp_path):
+    job = make_job(tmp_path, total=4, save_every=2, keep_last=3)
+    train(job)
+    (job.run.checkpoints / "step-2" / "state.json").write_text("{")
+    job = make_job(tmp_path, total=10, save_every=2, keep_last=3)
+    assert train(job, resume=True).step == 10
+    assert {p.name for p in job.run.checkpoints.glob("step-*")} == {"step-6", "step-8", "step-10"}
 
 
 def test_more_steps_for_a_finished_run(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ...chat import BUNDLED
+from ...config import parse_yaml
 from ...errors import RequestError
 
 LARGEST = 1 << 20  # bytes of a configuration
@@ -44,7 +45,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST:
             raise RequestError("this file is too large for a configuration", where=str(path))
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"cannot read it: {error.strerror}", where=str(path)) from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
