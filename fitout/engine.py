@@ -35,6 +35,13 @@ T = TypeVar("T")
 Prompt = Conversation | Sequence[Message]
 FinishReason = Literal["stop", "length", "cancelled"]
 
+Reads = Literal["together", "alone", "anew"]
+SLOW: dict[Reads, str | None] = {
+    "together": None,
+    "alone": "this model answers one prompt at a time: in a batch padding would change its answers",
+    "anew": "this model reads the whole text again for each token: it does not go on from transformers' cache",
+}
+UNLIKE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest logit, by rounding alone
 PREFILL = 1024  # tokens a row per forward while reading a prompt: bounds memory, and how long a cancel waits
 LOGITS = 1 << 26  # entries of one logits tensor when scoring (256 MiB in fp32)
 HALF = "\ufffd"  # what a decoder writes for bytes that are not a whole character
@@ -83,7 +90,9 @@ class Engine:
         self._vocabulary: int = text_config.vocab_size
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
-        self.largest_batch: int | None = None  # rows a batch, since memory ran out with more
+        self._reads: Reads = _how_to_read(self)
+        self.slow: str | None = SLOW[self._reads]  # for people: why answers take longer than they might
+        self.largest_batch: int | None = None if self._reads == "together" else 1  # rows; fewer once memory ran out
 
     @classmethod
     def open(
@@ -419,6 +428,38 @@ class Engine:
         return [row[: len(ids) - 1] for row, ids in zip(table, continuations, strict=True)]
 
 
+@torch.no_grad()
+def _how_to_read(engine: Engine) -> Reads:
+    """How this model can be read in pieces so that each row is the row alone and whole: tried on two short ones."""
+    model, v = engine.model, engine._vocabulary
+    if not hasattr(model, "_is_stateful"):  # no model of transformers
+        return "together"
+    texts = [[(5 * n + 1) % v for n in range(9)], [(7 * n + 2) % v for n in range(5)]]
+    whole = torch.stack([
+        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
+        for ids in texts
+    ])  # fmt: skip
+    bound = UNLIKE.get(model.dtype, 0.1) * float(whole.abs().max())
+
+    def gap(rows: list[int]) -> float:
+        longest = max(len(texts[row]) for row in rows)
+        read = _Rows(engine, [longest - len(texts[row]) for row in rows], 0)
+        ids = torch.tensor([[0] * (longest - len(texts[row])) + texts[row] for row in rows])
+        for piece in ids.split([longest - 4, 2, 1, 1], 1):
+            found = read.extend(piece, keep=1)[:, -1]
+        return float((found - whole[rows]).abs().max())
+
+    for how, rows in (("together", [[0, 1]]), ("alone", [[0], [1]])):
+        engine._reads = how  # type: ignore[assignment]
+        try:
+            if all(gap(each) <= bound for each in rows):
+                return how  # type: ignore[return-value]
+        except Exception as error:  # a cache of its own kind, or none
+            if is_out_of_memory(error):
+                raise
+    return "anew"
+
+
 class _Rows:
     """Rows in flight: their key-value cache, and how many padding tokens stand before each.
 
@@ -430,7 +471,7 @@ class _Rows:
     def __init__(self, engine: Engine, pads: int | list[int], length: int):
         self._engine = engine
         self._device = engine.model.device
-        self._switch = engine._switch
+        self._switch, self._reads = engine._switch, engine._reads
         self._long = self._switch is not None and length > self._switch
         self._read: list[torch.Tensor] = []  # what may have to be read anew
         self.pads = torch.tensor([0] * pads if isinstance(pads, int) else pads, device=self._device)
@@ -444,9 +485,13 @@ class _Rows:
 
     def extend(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
         """Reads `ids` (B, T) after what was read before; the logits (B, keep, V) of the last `keep`, in fp32."""
-        if self._switch is None:
+        if self._switch is None and self._reads != "anew":
             return self._forward(ids, keep)
         self._read.append(ids)
+        if self._reads == "anew":
+            whole = torch.cat(self._read, 1).to(self._device)
+            return self._engine.model(input_ids=whole, use_cache=False).logits[:, -keep:].float()
+        assert self._switch is not None
         if not self._long and len(ids) == 1 and self._seen + ids.shape[1] > self._switch:
             ids, self._long = torch.cat(self._read, 1), True
             self._begin()
@@ -480,8 +525,11 @@ class _Rows:
     def select(self, rows: list[int]) -> None:
         """Goes on with these rows, in this order; a row may be taken several times."""
         index: Any = torch.tensor(rows, device=self._device)
-        self._cache.reorder_cache(index)
         self.pads = self.pads[index]
+        if self._reads == "anew":
+            self._read = [ids[index.cpu()] for ids in self._read]
+        else:
+            self._cache.reorder_cache(index)
 
 
 class _Answer:

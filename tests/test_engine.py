@@ -235,6 +235,60 @@ def test_every_row_is_the_row_alone_and_what_transformers_generates(chat, monkey
     assert len(lengths) > 1
 
 
+STATES = {  # model, settings, and how it can be read
+    "mamba": ("Mamba", {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}, "anew"),
+    "rwkv": ("Rwkv", {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "context_length": 256},
+             "anew"),
+    "gpt": ("OpenAIGPT", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}, "anew"),
+    "recurrent gemma": ("RecurrentGemma", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+                        "num_key_value_heads": 1, "intermediate_size": 48, "lru_width": 32}, "anew"),
+    "llama": ("Llama", {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+              "together"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", STATES)
+def test_a_model_whose_state_cannot_be_gone_on_from_is_read_so_that_it_is_right(chat, family):
+    """transformers' cache means nothing to these families, or padding gets into their state."""
+    import transformers
+
+    kind, settings, reads = STATES[family]
+    torch.manual_seed(3)
+    auto, config = transformers.AutoModelForCausalLM, getattr(transformers, f"{kind}Config")
+    model = auto.from_config(config(vocab_size=len(chat.tokenizer), **settings)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and kind == "RecurrentGemma":  # its logits are capped, its convolution begins at zero
+            parameter.data.normal_(std=0.3)
+        elif parameter.dim() > 1:
+            parameter.data.mul_(8)  # clear choices, that depend on what was read before
+    engine = Engine(model, chat)
+    assert engine._reads == reads and (engine.slow is None) == (reads == "together")
+    for question, answer in zip(QUESTIONS, engine.generate([ask(q) for q in QUESTIONS], max_new_tokens=8), strict=True):
+        ids = chat.prompt_ids(ask(question))
+        for token in answer.ids:
+            with torch.no_grad():
+                assert int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
+            ids = [*ids, token]
+    [scores] = engine.choose([ask(QUESTIONS[0])], ["a", "b, and more"])
+    for choice, score in zip(["a", "b, and more"], scores, strict=True):
+        [tokens] = chat.render(Conversation((*ask(QUESTIONS[0]), Message("assistant", choice)), Origin("", 1)))
+        trained = torch.tensor(list(map(bool, tokens.train_on[1:])))
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([list(tokens.ids)]), use_cache=False).logits[0, :-1].float()
+        wanted = logits.log_softmax(-1).gather(-1, torch.tensor(tokens.ids[1:])[:, None])[:, 0][trained].sum()
+        assert score == pytest.approx(float(wanted), rel=1e-3, abs=1e-3)
+
+
+def test_a_model_that_sees_padding_answers_one_at_a_time(chat):
+    model = random_model(chat)
+    answers = Engine(model, chat).generate([ask(q) for q in QUESTIONS], max_new_tokens=8)
+    forward = model.forward
+    model.forward = lambda *args, attention_mask=None, logits_to_keep=0, **more: forward(*args, **more)
+    engine = Engine(model, chat)
+    assert engine._reads == "alone" and "one prompt at a time" in engine.slow
+    assert engine.generate([ask(q) for q in QUESTIONS], max_new_tokens=8) == answers
+
+
 @pytest.mark.skipif(not STORIES.exists(), reason="needs ../shared")
 def test_a_really_pretrained_model_answers_as_with_transformers():
     engine = Engine.open(STORIES, precision="fp32")

@@ -331,7 +331,7 @@ def chat(
 
     with open_screen() as screen:
         engine = verbs.open_engine(model, adapter=adapter)
-        _tell_held(engine)
+        _tell_how(engine)
         code = talk(
             engine, system=system, max_new_tokens=max_new_tokens, temperature=temperature, console=screen.console
         )
@@ -359,15 +359,18 @@ def serve(
     from ..serve.app import serve as start
 
     engine = verbs.open_engine(model, adapter=adapter)
-    _tell_held(engine)
+    _tell_how(engine)
     start(engine, settings, model_name=name or Path(model).resolve().name)
 
 
-def _tell_held(engine: Any) -> None:
-    """Says on standard error when the base is computed with in other numbers than it is stored in."""
+def _tell_how(engine: Any) -> None:
+    """Says on standard error when the base is computed with in other numbers than it is stored in, and when answers
+    take longer than they might."""
     held = getattr(engine.model, "fitout_held", None)
     if held:
         typer.echo(f"the base is held {held}, as it was trained over", err=True)
+    if engine.slow:
+        typer.echo(engine.slow, err=True)
 
 
 @app.command()

@@ -375,8 +375,9 @@ def _gap_by(
         if sinks is not None:
             found.append(sink_slopes(along, out, norm, sinks))
         looks = torch.from_numpy(seen(segments, rules.window))
-        more = {"cap": rules.cap, "sinks": None if sinks is None else leaves[3]}
-        right = dense(*leaves[:3], looks, rules.scale, **more).transpose(1, 2)
+        q64, k64, v64, *sinks64 = leaves
+        right = dense(q64, k64, v64, looks, rules.scale, cap=rules.cap, sinks=sinks64[0] if sinks64 else None)
+        right = right.transpose(1, 2)
         return max(
             _gap(a, b) for a, b in zip(found, (right, *torch.autograd.grad(right, leaves, along.double())), strict=True)
         )

@@ -41,7 +41,7 @@ def evaluate_run(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bo
         screen.say(f"base and tuned model answer with the base held {held}")
     result = evaluate(
         lambda: _base_engine(recipe, directory),
-        lambda: _tuned_engine(recipe, directory),
+        lambda: _tuned_engine(recipe, directory, screen),
         conversations,
         recipe.evaluate,
         probes=probes_of(recipe),
@@ -84,7 +84,7 @@ def _base_engine(recipe: Recipe, directory: RunDir) -> Iterator[Engine]:
 
 
 @contextmanager
-def _tuned_engine(recipe: Recipe, directory: RunDir) -> Iterator[Engine]:
+def _tuned_engine(recipe: Recipe, directory: RunDir, screen: Screen) -> Iterator[Engine]:
     from ..chat.render import open_chat
     from ..engine import Engine
     from ..model.load import open_model
@@ -93,7 +93,10 @@ def _tuned_engine(recipe: Recipe, directory: RunDir) -> Iterator[Engine]:
     model = open_model(
         trained, precision=_inference_precision(directory), trust_remote_code=recipe.model.trust_remote_code
     )
-    yield Engine(model, open_chat(trained))
+    engine = Engine(model, open_chat(trained))
+    if engine.slow:
+        screen.say(engine.slow)
+    yield engine
 
 
 def _inference_precision(directory: RunDir) -> str:
