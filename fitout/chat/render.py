@@ -27,6 +27,8 @@ from .types import Conversation, Message, Origin, Text, Tokens
 SWITCH = re.compile(r"\b(\w*think\w*)\s+is\s+(?:not\s+)?defined\b")  # as Qwen's and its relatives' templates spell it
 FEW = 5000  # conversations, for which it does not pay to start more processes
 MOST = 8  # processes; with more the one that gives them work is the slower
+EXTRAS = {"tool calls": "tool_calls", "reasoning": "reasoning_content"}  # of a message, by what people call them
+PROBE = "fitoutprobe"
 SAMPLE = (Message("user", "Which way is north?"), Message("assistant", "That way."))
 
 
@@ -184,6 +186,32 @@ class Chat:
                     if token in text:
                         return token
         return None
+
+    def unwritten(self, messages: Iterable[Message], tools: Sequence[dict] = ()) -> list[str]:
+        """What these have that the template leaves out: tools, tool calls, reasoning."""
+        there = {"tools"} if tools else set()
+        for message in messages:
+            there.update(what for what, key in EXTRAS.items() if message.extra.get(key))
+        return [what for what in sorted(there) if not self._writes[what]]
+
+    @cached_property
+    def _writes(self) -> dict[str, bool]:
+        """Whether the template writes each: it is given a word in that place, and looked whether it comes out."""
+        asked, function = Message("user", "Which way is north?"), {"name": PROBE, "description": "", "parameters": {}}
+        calls = {"tool_calls": [{"type": "function", "function": {"name": PROBE, "arguments": {}}}]}
+
+        def comes_out(*answer: Message, tools: Sequence[dict] = ()) -> bool:
+            try:
+                [[text]] = self._render([((asked, *answer), tools, [(1 + len(answer), False)])])
+            except TemplateError:
+                return False
+            return PROBE in text
+
+        return {
+            "tools": comes_out(tools=[{"type": "function", "function": function}]),
+            "tool calls": comes_out(Message("assistant", "", extra=calls)),
+            "reasoning": comes_out(Message("assistant", "That way.", extra={"reasoning_content": PROBE})),
+        }
 
     # the walk
 

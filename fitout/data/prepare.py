@@ -668,6 +668,8 @@ def _render_part(
                     work.reject(stage, sample.origin, rendered.message, as_row(sample), rule="template", form="sample")
                     work.template_hint = rendered.hint
                     continue
+                if isinstance(sample, Conversation) and _left_out(sample, chat, stage, work):
+                    continue
                 fitted = _cut_text(rendered, settings) if wants == "text" else _fit(sample, rendered, settings, stage,
                                                                                     work)  # fmt: skip
                 if not fitted:
@@ -689,6 +691,22 @@ def _render_part(
     made.each_once()
     made.lengths, made.supervised = np.array(writer.lengths), np.array(writer.supervised)
     return made
+
+
+def _left_out(sample: Conversation, chat: Chat, stage: Stage, work: _Work) -> bool:
+    """Counts what a sample has that the template does not write; True when that leaves an answer without a word, which
+    goes to quarantine."""
+    lost = chat.unwritten(sample.messages, sample.tools)
+    for what in lost:
+        counts = work.facts.setdefault("unwritten", {})
+        counts[what] = counts.get(what, 0) + 1
+    if "tool calls" in lost:
+        for number, one in enumerate(sample.messages, 1):
+            if one.train and one.extra.get("tool_calls") and not one.content.strip():
+                reason = f"turn {number}: an answer of tool calls alone, which the chat template does not write"
+                work.reject(stage, sample.origin, reason, as_row(sample), rule="template", form="sample")
+                return True
+    return False
 
 
 def _tokenised(
@@ -904,7 +922,15 @@ def _report(
         "max_length": settings.max_length,
         "too_long": settings.too_long,
         "template": chat.template_name,
-        "notes": [*chat.notes, *([work.template_hint] if work.template_hint else [])],
+        "notes": [
+            *chat.notes,
+            *([work.template_hint] if work.template_hint else []),
+            *(
+                f"the {what} of {count:,} sample{'s' * (count > 1)} are not written by this chat template: the model "
+                "never sees them"
+                for what, count in work.facts.get("unwritten", {}).items()
+            ),
+        ],
     }
 
 

@@ -255,6 +255,9 @@ def load_base(
             hint="Take a complete copy of the model.",
         )
     model.config.use_cache = False
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "output_router_logits", False):  # for a balancing loss of transformers' own, which none here asks
+        text.output_router_logits, model.fitout_balances = False, True
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights, with a loss and
             module.support_avx512bf16_for_cpu = False  # without a way back, in the first forward of an evaluation
@@ -445,8 +448,13 @@ def save_model(model: Any, folder: Path) -> None:
     if not torch.cuda.is_available():  # transformers imports DeepSpeed here, where it is installed, which guesses aloud
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     use_cache, model.config.use_cache = model.config.use_cache, True
+    text, balances = model.config.get_text_config(decoder=True), getattr(model, "fitout_balances", False)
+    if balances:
+        text.output_router_logits = True
     try:
         with errors_of_the_system(folder):
             model.save_pretrained(folder, save_original_format=False)
     finally:
         model.config.use_cache = use_cache
+        if balances:
+            text.output_router_logits = False

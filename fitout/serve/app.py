@@ -203,8 +203,13 @@ def _begin(engine: Engine, settings: ServeSettings, asked: ChatRequest, cancelle
     """In the worker: the request as the engine takes it. Raises ApiError or RequestError; nothing is generated yet."""
     if forged := engine.chat.forged([Message("user", text) for text in asked.own_texts()]):
         raise ApiError(400, f"a tool or tool call contains {forged!r}, a control token of this model", param="tools")
+    messages = [message.message() for message in asked.messages]
+    if lost := engine.chat.unwritten(messages, asked.offered):
+        raise ApiError(
+            400, f"this model's chat template does not write {' and '.join(lost)}: leave that out", param="tools"
+        )
     stream = engine.stream(
-        [message.message() for message in asked.messages],
+        messages,
         max_new_tokens=asked.limit or settings.max_new_tokens,
         temperature=asked.temperature or 0.0,
         top_p=1.0 if asked.top_p is None else asked.top_p,

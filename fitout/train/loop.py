@@ -302,6 +302,8 @@ class _Run:
             try:
                 return compute(layouts)
             except (RuntimeError, MemoryError) as error:
+                if "modified by an inplace operation" in str(error):
+                    raise _changed_in_place() from error
                 if not is_out_of_memory(error) or self.backend.shares_steps:
                     raise  # the error goes before anything else is tried: its traceback holds the activations
             self.job.model.zero_grad(set_to_none=True)
@@ -527,6 +529,14 @@ class _Run:
 
     def _tell(self, event: str, **facts: Any) -> None:
         self._log(event=event, step=self.at.step, **facts)
+
+
+def _changed_in_place() -> FitoutError:
+    return FitoutError(
+        "this model changes in place what one of its layers gives, which this method needs for its gradients",
+        harm="They would be those of other numbers.",
+        hint="Take method: {kind: lora}, which does not keep what its layers give.",
+    )
 
 
 def _first_budget(settings: TrainSettings, backend: Backend) -> int:

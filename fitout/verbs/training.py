@@ -137,7 +137,9 @@ def _train_model(
         embedding: Any = model.get_input_embeddings()
         held = whole * embedding.weight.element_size()  # a 4-bit base is merged in 16 bits
         _require_space(recipe, directory, trained, held, method.frozen_base, total)
-    for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
+    balances = ["the loss that balances the router's experts (output_router_logits) is not added to the objective's"]
+    balances = balances if getattr(model, "fitout_balances", False) else []
+    for note in (*method.notes(model), *balances, *optimizer_notes(recipe.train, device)):
         screen.say(note)
     tell_sharing(recipe, batches, total, screen)
     products = products_of(recipe, kind, chat.grown, device)

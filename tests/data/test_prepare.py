@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fitout.chat import ChatSettings
 from fitout.chat.render import open_chat
 from fitout.chat.types import Text
 from fitout.data import DataSettings
@@ -50,6 +51,42 @@ def made(tmp_path, chat, sources, wants="conversation", seed=0, **settings):
     run = RunDir(tmp_path / "run")
     prepared, report = prepare(data, chat, wants, run, seed=seed)
     return run, prepared, report
+
+
+def test_what_the_template_does_not_write_is_counted_and_an_answer_of_nothing_is_quarantined(tmp_path):
+    """Tools, calls and reasoning under a template of roles and contents, and under one that writes them."""
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    tools = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}]
+    asked, answer = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    found = [called, {"role": "tool", "content": "north", "tool_call_id": "c"}, answer]
+    rows = [
+        *({"messages": [{"role": "user", "content": f"Number {n}?"}, answer]} for n in range(20)),
+        *({"messages": [{"role": "user", "content": f"Look {n}?"}, answer], "tools": tools} for n in range(3)),
+        {"messages": [asked, *found], "tools": tools},
+        {"messages": [asked, {**answer, "reasoning_content": "I look."}]},
+    ]
+    writes = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: "
+        "{{ m.reasoning_content or '' }}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+        "{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    (tmp_path / "writes.jinja").write_text(writes)
+    for template in ("plain", str(tmp_path / "writes.jinja")):
+        chat = open_chat(SHELL, ChatSettings(template=template))
+        path = write(tmp_path / "rows.jsonl", rows)
+        run, _, report = made(tmp_path / Path(template).stem, chat, [{"path": path}], max_length=256)
+        told = [note for note in report["notes"] if "are not written" in note]
+        if template != "plain":
+            assert not told and not report["quarantined"]
+            continue
+        counts = [f"{what} are not written by this" for what in (
+            "the tools of 4 samples", "the tool calls of 1 sample", "the reasoning of 1 sample"
+        )]  # fmt: skip
+        assert all(note.startswith(count) for note, count in zip(told, counts, strict=True))
+        [bad] = read_jsonl(run.quarantine)
+        assert bad["reason"].startswith("turn 2: an answer of tool calls alone") and bad["rule"] == "template"
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -10,20 +12,24 @@ from transformers import (
     CodeGenConfig,
     FalconConfig,
     Gemma2Config,
+    GPT2Config,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     MptConfig,
+    PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3Config,
 )
 
 from fitout.data.pack import lay_out
+from fitout.errors import ModelError, RequestError
 from fitout.model import attention
 from fitout.model.fused import adapted_linear
-from fitout.model.load import load_base
-from fitout.model.methods import AdapterSettings, LoraSettings, SparseSettings, create
+from fitout.model.load import load_base, save_model
+from fitout.model.methods import AdapterSettings, LoraSettings, QloraSettings, SparseSettings, create
 from fitout.objectives.base import inputs
 from tests.conftest import random_samples
 
@@ -39,6 +45,7 @@ FAMILIES = {
     "gemma2, capped scores": Gemma2Config(
         **SMALL, attn_logit_softcapping=2.0, final_logit_softcapping=None, sliding_window=7, query_pre_attn_scalar=2
     ),
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
     "gpt-oss, sinks": GptOssConfig(
         **SMALL, num_local_experts=4, num_experts_per_tok=4, sliding_window=9, layer_types=["full_attention"] * 2
     ),
@@ -174,14 +181,71 @@ def test_a_layer_over_4_bit_weights_may_be_added_to_in_place():
             ),
             "1 of this model's layers tell packed attention no window",
         ),
+        (
+            PhimoeConfig(**SMALL, sliding_window=50, num_local_experts=2),
+            "2 of this model's layers tell packed attention no window",
+        ),
     ],
-    ids=["llama4", "qwen2 moe"],
+    ids=["llama4", "qwen2 moe", "phimoe"],
 )  # fmt: skip
 def test_what_only_a_mask_says_is_found_though_40_tokens_do_not_show_it(config, why):
     model = model_of(config, attention.NAME)
     assert why in attention.why_not_packed(model)
     attention.settle(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("method", [LoraSettings(rank=2), SparseSettings()], ids=["lora", "sparse"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Llama4TextConfig(**SMALL, intermediate_size_mlp=64, num_local_experts=2),
+        PhimoeConfig(**SMALL, num_local_experts=2),
+    ],
+    ids=["llama4", "phimoe"],
+)
+def test_a_router_that_is_written_as_a_linear_layer_stays_what_it_is(config, method):
+    model, plug = model_of(config, "eager"), create(method)
+    ids = torch.arange(3, 12)[None]
+    before = model(input_ids=ids, use_cache=False).logits
+    plug.apply(model)
+    logits = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, before)
+    logits.sum().backward()
+    assert any("the experts'" in note for note in plug.notes(model))
+
+
+def test_the_routers_loss_is_left_out_and_the_files_still_ask_for_it(tmp_path):
+    config = MixtralConfig(**SMALL, num_local_experts=4, output_router_logits=True)
+    model_of(config, "eager").save_pretrained(tmp_path / "base")
+    model = load_base(str(tmp_path / "base"))
+    assert not hasattr(model(input_ids=torch.arange(9)[None], use_cache=False), "aux_loss") or not (
+        model.config.output_router_logits
+    )
+    save_model(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["output_router_logits"] is True
+    assert model.config.output_router_logits is False
+
+
+@pytest.mark.parametrize("method", [LoraSettings(), SparseSettings()], ids=["lora", "sparse"])
+def test_a_model_without_linear_layers_is_refused(method):
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(RequestError, match="leaves no linear layer") as error:
+        create(method).apply(AutoModelForCausalLM.from_config(config))
+    assert error.value.hint == "Train this model with method: {kind: full}."
+
+
+def test_layers_that_cannot_be_held_in_4_bits_are_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    method = create(QloraSettings(rank=2))
+    for name, config in (
+        ("gpt2", GPT2Config(vocab_size=97, n_embd=64, n_layer=1, n_head=2)),
+        ("falcon", OWN["falcon"]),
+    ):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        model = load_base(str(tmp_path / name), extra=method.load_kwargs(torch.float32))
+        with pytest.raises(ModelError, match="cannot be held in 4 bits"):
+            method.apply(model)
 
 
 def test_special_attention_that_is_not_computed_is_refused():

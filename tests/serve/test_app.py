@@ -131,7 +131,12 @@ def test_parts_of_text_and_the_role_developer_are_what_they_stand_for(client):
     assert one["choices"] == client.post(ROUTE, json=request()).json()["choices"]
 
 
-def test_tools_and_calls_reach_the_template_as_they_do_in_training(engine):
+def test_what_the_template_does_not_write_is_refused(client):
+    tools = [{"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}]
+    assert "does not write tools" in fault(client.post(ROUTE, json=request(tools=tools)), 400)["message"]
+
+
+def test_tools_and_calls_reach_the_template_as_they_do_in_training(engine, monkeypatch):
     from fitout.data.formats.openai import OpenAI
 
     weather = {"name": "weather", "description": "Tells it", "parameters": {"type": "object", "properties": {}}}
@@ -145,6 +150,7 @@ def test_tools_and_calls_reach_the_template_as_they_do_in_training(engine):
     row = {"messages": [*messages, {"role": "assistant", "content": "No."}], "tools": tools}
     [trained] = OpenAI().convert(row, Origin("a.jsonl", 1))
     seen = []
+    monkeypatch.setitem(vars(engine.chat), "_writes", {"tools": True, "tool calls": True, "reasoning": True})
 
     class Watch:
         chat = engine.chat

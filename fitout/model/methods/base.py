@@ -145,10 +145,57 @@ def decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
 
 
 def linear_layers(model: Any, targets: list[str] | str) -> list[str]:
-    """Names of the linear layers that `targets` means: `all-linear` is all but the head."""
+    """Names of the linear layers that `targets` means: `all-linear` is all but the head. Raises RequestError when there
+    is none."""
     head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    return linear if isinstance(targets, str) else chosen_by_name(linear, targets)
+    linear = [n for n, m in model.named_modules() if is_linear(m) and m is not head]
+    chosen = linear if isinstance(targets, str) else chosen_by_name(linear, targets)
+    if not chosen:
+        raise nothing_to_adapt(targets)
+    return chosen
+
+
+@torch.no_grad()
+def is_linear(module: nn.Module) -> bool:
+    """Whether this computes what a linear layer does: routers of experts are written as linear layers that do more."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight, bias = module.weight, module.bias
+    if type(module).forward is nn.Linear.forward or not weight.is_floating_point():
+        return True
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=torch.float32).view(2, -1).to(weight)
+    try:
+        found, right = module(x), nn.functional.linear(x, weight, bias)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    same = isinstance(found, torch.Tensor) and found.shape == right.shape
+    return same and (found.is_meta or torch.allclose(found.float(), right.float(), rtol=0.02, atol=1e-4))
+
+
+def nothing_to_adapt(targets: list[str] | str) -> RequestError:
+    return RequestError(
+        "method.targets leaves no linear layer to adapt",
+        harm="Nothing would be trained.",
+        hint="Train this model with method: {kind: full}."
+        if targets == "all-linear"
+        else "Use targets: all-linear; a model without linear layers is trained with method: {kind: full}.",
+    )
+
+
+def experts_left(model: nn.Module) -> list[str]:
+    """What to know of a mixture of experts whose experts are tensors of three dimensions, not linear layers."""
+    count, kinds = 0, set()
+    for module in model.modules():
+        for parameter in () if isinstance(module, nn.modules.conv._ConvNd) else module.parameters(recurse=False):
+            if parameter.dim() == 3 and not parameter.requires_grad:
+                count += parameter.numel()
+                kinds.add(str(parameter.dtype).removeprefix("torch."))
+    if not count:
+        return []
+    return [
+        f"the experts' {count:,} parameters stay as they are, in {' and '.join(sorted(kinds))}: they are no linear "
+        "layers; PEFT may read what is trained beside them otherwise: take the merged model elsewhere"
+    ]
 
 
 def chosen_by_name(linear: list[str], targets: list[str]) -> list[str]:

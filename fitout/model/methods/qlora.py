@@ -64,6 +64,11 @@ def is_quantised(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and getattr(module.weight, "quant_state", None) is not None
 
 
+def is_asked_in_4_bits(model: Any) -> bool:
+    """Whether the model was loaded by a `load_kwargs`, from 16 bits."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
 def computes_in(module: Any, dtype: torch.dtype) -> bool:
     """Whether a 4-bit layer's own forward de-quantises as `dequantised` does and computes in `dtype`."""
     return is_quantised(module) and module.weight.quant_state.dtype == dtype == module.compute_dtype
@@ -127,7 +132,16 @@ class Qlora(Lora):
         """Any base will do."""
 
     def _require_quantised(self, model: Any) -> None:
+        from transformers.pytorch_utils import Conv1D
+
         states = [m.weight.quant_state for m in model.modules() if is_quantised(m)]
+        turned = any(getattr(m, "source_cls", None) is Conv1D for m in model.modules())
+        if turned or (not states and is_asked_in_4_bits(model)):
+            raise ModelError(
+                "this model's layers cannot be held in 4 bits",
+                harm="bitsandbytes leaves them as they are, or turns them over.",
+                hint="Take method: {kind: lora}.",
+            )
         want = (self.settings.quant, self.settings.double_quant)
         have = {(state.quant_type, state.nested) for state in states}
         if have != {want}:

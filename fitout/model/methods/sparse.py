@@ -26,7 +26,7 @@ from ...files import read_json, write_json
 from ..fused import sparse_linear
 from ..load import write_tensors
 from . import SparseSettings
-from .base import Gradients, Method, fill, freeze_base, linear_layers, trainable
+from .base import Gradients, Method, experts_left, fill, freeze_base, linear_layers, trainable
 from .cost import SCORE_BYTES
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # torch's, at the first sparse product
@@ -101,6 +101,9 @@ class Sparse(Method):
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, leaf, SparseLinear(getattr(owner, leaf), self.settings.density))
+
+    def notes(self, model: nn.Module) -> list[str]:
+        return experts_left(model)
 
     def undivided(self, stage: int) -> str | None:
         if stage >= 3:
