@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from difflib import get_close_matches
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -217,7 +217,7 @@ class CleanSettings(BaseModel):
     refusals: Drop = "report"
     copied: Drop = "report"
     language: Drop = "report"
-    languages: list[str] = []
+    languages: list[Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z]+)?$")]] = []  # codes: en, zh, zh-Hant
     personal: PersonalSettings = PersonalSettings()
 
     @field_validator("end_markers", "control_characters", "mojibake", "unicode", "html", "refusals", "copied",

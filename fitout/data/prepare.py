@@ -378,6 +378,13 @@ def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work,
     cleaning.seconds = time.perf_counter() - started
     if settings.tasks.suggest:
         work.facts["suggested"] = _suggest_tasks(rows, facts)
+    if settings.tasks.field not in (None, "file") and len(rows) and not facts.tasks.came_from["column"]:
+        raise DataError(
+            f"no sample has the column {settings.tasks.field!r}",
+            where="data.tasks.field",
+            harm="No sample would have a task.",
+            hint="Name a column of the rows, as they are in the file.",
+        )
     if settings.split.group and not any(facts.group_of):
         raise DataError(
             f"no sample has the column {settings.split.group!r}",
@@ -789,6 +796,14 @@ def _balance(made: Made, rows: Rows, facts: Facts, settings: DataSettings, seed:
         names = [f"{bytes(key).hex()} {rows.origin(at)}" for key, at in zip(keys, made.samples, strict=True)]
         labels = facts.labels(numbers)
         times = np.ones(len(numbers), np.int64)
+        known = {name for label in facts.tasks.labels for name in (label[0], named(label))}
+        if strange := sorted({*tasks.weights, *tasks.caps} - known):
+            raise DataError(
+                f"no sample has the task {', '.join(map(repr, strange))}",
+                where="data.tasks",
+                harm="Its weight or cap would have no effect.",
+                hint=f"There are: {', '.join(sorted(known))}.",
+            )
 
         def settle(now: np.ndarray, rule: str, why: str) -> np.ndarray:
             for at in numbers[(times > 0) & (now == 0)]:

@@ -171,6 +171,7 @@ def merge_into_base(recipe: Recipe, directory: RunDir, screen: Screen, *, again:
         directory.update_status(not_merged=reason)
         return directory.adapter
     if not directory.adapter.exists():
+        require_trained(directory)
         screen.say("nothing to merge: the method trained the model itself, it is in model/")
         return directory.model
     if (
@@ -190,6 +191,15 @@ def merge_into_base(recipe: Recipe, directory: RunDir, screen: Screen, *, again:
         merged_steps=directory.read_status().get("trained_steps"),
     )
     return directory.merged
+
+
+def require_trained(directory: RunDir) -> None:
+    if not directory.adapter.exists() and not directory.model.exists():
+        raise RequestError(
+            "nothing is trained here yet",
+            where=str(directory.path),
+            hint="Let `fitout run` or `fitout train` finish first.",
+        )
 
 
 def unmergeable(recipe: Recipe) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Recipe
 from ..files import read_json
 from ..rundir import RunDir
-from .delivering import describe_trained
+from .delivering import describe_trained, require_trained
 from .working import Screen, hub_source, probes_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def evaluate_run(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bo
     if complete and not again and status.get("evaluated_with", asked) == asked:
         screen.say("evaluation is complete already")
         return None
+    require_trained(directory)
     conversations = test_conversations(directory)
     held = saved_in(directory.adapter).held if directory.adapter.exists() else None
     if held:

@@ -18,6 +18,7 @@ from fitout.data.batches import Batches
 from fitout.data.positions import measured, moved, place_of
 from fitout.data.prepare import kept_samples, prepare
 from fitout.data.taxonomy import NONE, Classifier, Tasks, parsed
+from fitout.errors import DataError
 from fitout.files import read_json
 from fitout.rundir import RunDir
 
@@ -252,6 +253,18 @@ def test_a_later_wish_counts_what_an_earlier_one_repeats():
     for cap in (25, 19):
         capped = cap_classes(first, ["x"] * 5 + ["y"] * 20, {"x": cap, "y": cap}, names, 0)
         assert counts(["x"] * 5 + ["y"] * 20, capped) == {"x": 5, "y": cap}
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [{"field": "nocolumn"}, {"field": "task", "weights": {"nosuch": 2}}, {"field": "task", "caps": {"nosuch": 1}}],
+)
+def test_what_names_no_task_is_told(tmp_path, chat, tasks):
+    rows = [{"instruction": f"What is {n}?", "output": "ok", "task": "sums"} for n in range(20)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    settings = DataSettings(sources=[{"path": path}], tasks=tasks)
+    with pytest.raises(DataError, match="no sample has the (column 'nocolumn'|task 'nosuch')"):
+        prepare(settings, chat, "conversation", RunDir(tmp_path / "run"))
 
 
 def test_length_classes():
