@@ -154,8 +154,8 @@ def test_task_weights_and_caps(tmp_path, chat):
 def test_what_a_step_trains_is_told_by_task(tmp_path, chat):
     rows = [{"instruction": f"say {t} {n}", "output": "it is " * n, "task": t} for n in range(1, 16) for t in "abc"]
     path = write(tmp_path / "rows.jsonl", rows)
-    for column, expected in (("task", {"a", "b", "c"}), ("nothing", set())):
-        folder = tmp_path / column
+    for column, expected in (("task", {"a", "b", "c"}), (None, set())):
+        folder = tmp_path / str(column)
         _, prepared, _ = made(folder, chat, [{"path": path}], tasks={"field": column},
                               split={"train": 1, "validation": 0, "test": 0})  # fmt: skip
         part = prepared.part("train")
