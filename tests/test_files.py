@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 
@@ -15,6 +16,7 @@ from fitout.files import (
     explain_full_disk,
     remove_leftovers,
     staged_folder,
+    write_json,
     write_text,
 )
 
@@ -118,3 +120,9 @@ def test_what_is_not_ours_is_no_leftover(tmp_path):
     (tmp_path / ".run.json.12.part").write_text("half")
     assert remove_leftovers(tmp_path) == [".run.json.12.part"]
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
+    write_json(tmp_path / "x.json", {"loss": float("nan"), "rows": [1.5, float("inf"), {"a": (float("-inf"), 2)}]})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "rows": [1.5, None, {"a": [None, 2]}]}

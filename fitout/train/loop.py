@@ -140,7 +140,7 @@ class _Run:
             self._engage()
             self.backend.load_moments(self.optimizer, self.parameters, checkpoint.optimizer())
         else:
-            self.job.method.begin(self.job.model, self._gradients)
+            self.job.method.begin(self.job.model, self._gradients, self.backend.alive)
             state = self.job.method.state(self.job.model)
             self.backend.same_everywhere([*self.parameters.values(), *state.values()])
             if state and self.backend.ranks > 1:

@@ -61,8 +61,9 @@ class Method:
         """Factors on the learning rate by parameter name; those not named have 1."""
         return {}
 
-    def begin(self, model: nn.Module, gradients: Gradients) -> None:
-        """Called once before the first step of a new run, for a method that chooses what to train."""
+    def begin(self, model: nn.Module, gradients: Gradients, alive: Callable[[], None] = lambda: None) -> None:
+        """Called once before the first step of a new run, for a method that chooses what to train; one that takes long
+        says that it is `alive`."""
 
     def after_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int, gradients: Gradients

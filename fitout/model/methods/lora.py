@@ -234,12 +234,15 @@ class Lora(Method):
             return {}
         return {f"{name}.lora_B": self.settings.lr_ratio for name in adapters(model)}
 
-    def begin(self, model: nn.Module, gradients: Callable[[], Iterator[None]]) -> None:
+    def begin(
+        self, model: nn.Module, gradients: Callable[[], Iterator[None]], alive: Callable[[], None] = lambda: None
+    ) -> None:
         if self.settings.init in DECOMPOSED and not self.state(model):
-            self._decompose(model)
+            self._decompose(model, alive)
 
-    def _decompose(self, model: nn.Module) -> None:
+    def _decompose(self, model: nn.Module, alive: Callable[[], None] = lambda: None) -> None:
         for layer in adapters(model).values():
+            alive()
             layer.begin(self.settings.init)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

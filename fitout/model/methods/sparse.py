@@ -114,7 +114,7 @@ class Sparse(Method):
 
     # choosing
 
-    def begin(self, model: Any, gradients: Gradients) -> None:
+    def begin(self, model: Any, gradients: Gradients, alive: Callable[[], None] = lambda: None) -> None:
         """Chooses the entries of a new run; one that goes on from a saved adapter keeps its own."""
         if self.seed is not None:
             return
