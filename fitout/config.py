@@ -89,7 +89,9 @@ def load(path: str | Path, changes: list[str] | None = None, *, anchor: bool = T
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RequestError(
-            f"this is no recipe's YAML: {getattr(error, 'problem', error)}", where=where, hint="Correct it there."
+            f"this is not YAML that a recipe can be: {getattr(error, 'problem', error)}",
+            where=where,
+            hint="Check what stands there, and its indentation.",
         ) from None
     if not isinstance(raw, dict):
         raise RequestError("a recipe is a YAML mapping (name:, data:, ...)", where=str(path))
@@ -109,6 +111,9 @@ def build(raw: dict[str, Any], *, folder: Path | None = None, where: str = "") -
     if folder is not None:
         _anchor_paths(recipe, folder)
     return recipe
+
+
+DEFAULT_KINDS = {"method": "lora", "objective": "sft"}
 
 
 def _no_numbers(given: Any, taken: Any, key: str) -> Iterator[str]:
@@ -137,6 +142,8 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
         parsed = float(parsed)  # YAML 1.1 reads 1e-4 as text
     *path, last = key.split(".")
+    if path and path[0] in DEFAULT_KINDS and not raw.get(path[0]):
+        raw[path[0]] = {"kind": DEFAULT_KINDS[path[0]]}  # a key of what is there by default
     at: Any = raw
     try:
         for step in path:

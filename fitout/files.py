@@ -51,7 +51,8 @@ def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
             f"cannot {doing}: {error.strerror or error}",
             where=str(path),
             harm="Nothing half-written is left behind; what was complete before still is.",
-            hint="Free some space or choose another folder with --out, then run the same command again.",
+            hint=f"{'Free some space or choose' if error.errno in DISK else 'Choose'} another folder with --out, then "
+            "run the same command again.",
         ) from error
 
 

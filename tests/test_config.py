@@ -36,7 +36,7 @@ def test_what_an_anchor_brings_may_be_said_anew(tmp_path):
 
 @pytest.mark.parametrize("text", ["2024-13-45", "1" * 5000, "[" * 5000])
 def test_values_that_yaml_cannot_make_are_told(tmp_path, text):
-    with pytest.raises(RequestError, match="no recipe's YAML"):
+    with pytest.raises(RequestError, match="not YAML"):
         load(recipe(tmp_path, f"chat: {text}\n"))
     with pytest.raises(FitoutError):
         load(recipe(tmp_path, ""), [f"train.lr={text}"])  # there it is text
@@ -64,6 +64,13 @@ def test_numbers_that_are_none_are_refused(tmp_path, key, value):
 def test_numbers_out_of_bounds_are_refused(tmp_path, change):
     with pytest.raises(RecipeError, match=change.partition("=")[0].replace("[", "")):
         load(recipe(tmp_path, ""), [change])
+
+
+def test_a_key_of_a_section_that_is_there_by_default_can_be_set(tmp_path):
+    assert load(recipe(tmp_path, ""), ["method.rank=3"]).method.rank == 3
+    made = load(recipe(tmp_path, ""), ["method.kind=dora", "method.rank=3"]).method
+    assert (made.kind, made.rank) == ("dora", 3)
+    assert load(recipe(tmp_path, "method: {kind: full}\n"), ["train.lr=1e-4"]).method.kind == "full"
 
 
 def test_what_is_true_or_false_may_still_be_said(tmp_path):

@@ -552,6 +552,7 @@ def main() -> None:
 
 
 def _complain(error: Any) -> None:
+    import json
     import os
 
     from rich.console import Console
@@ -566,6 +567,9 @@ def _complain(error: Any) -> None:
         if isinstance(error, Stopped):  # the first rank says it
             return
         first = f"rank {rank}: {first}"
+    elif "--json" in sys.argv:
+        told = {"error": error.message, "where": error.where, "harm": error.harm, "hint": error.hint}
+        print(json.dumps({**told, "exit_code": error.exit_code}, ensure_ascii=False))
     console.print(Text.assemble(("error ", "bold red"), first), soft_wrap=True)
     for line in rest:
         console.print(Text("      " + line), soft_wrap=True)

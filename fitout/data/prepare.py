@@ -1049,7 +1049,8 @@ def _nothing_to_train(report: dict[str, Any], run: RunDir, template_hint: str) -
         where=str(run.data),
         harm="Training would run and change nothing.",
         hint=template_hint
-        or "See quarantine.jsonl; raise data.max_length, or change data.split or the sources' `split:`.",
+        or "See quarantine.jsonl and removed.jsonl; raise data.max_length, or change data.split or the sources' "
+        "`split:`.",
     )
 
 

@@ -80,7 +80,7 @@ def _read(path: Path) -> str:
 
 def _probes(text: str, path: Path) -> tuple[Probe, ...]:
     probes = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -12,6 +12,7 @@ terms A1 B2; its "cat" is the sum that the name promises, and is what `linear` i
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +107,8 @@ def _check_request(found: list[Path], weights: Sequence[float], density: float) 
         raise RequestError(
             f"{len(weights)} weights for {len(found)} adapters", where="--weights", hint="Give one for each."
         )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise RequestError("a weight is no number", where="--weights", hint="Give a number for each adapter.")
     if not 0 < density <= 1:
         raise RequestError(f"a density of {density:g}", where="--density", hint="Give a share above 0, at most 1.")
 

@@ -177,7 +177,7 @@ def parse_request(body: bytes) -> ChatRequest:
 def _say(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return "this server does not know this field; leave it out"
-    return str(fault["msg"])
+    return str(fault["msg"]).removeprefix("Value error, ")
 
 
 class Reply:

@@ -46,7 +46,7 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
         )
     for name in ("validation", "test"):
         if getattr(recipe.data.split, name) and not report["kept"][name]:
-            screen.say(f"no sample is in the {name} part (too few to split); a source of its own has `split: {name}`")
+            screen.say(f"no sample is left in the {name} part; a source of its own has `split: {name}`")
     if part["no_end"]:
         screen.say(f"{part['no_end']:,} training samples end without a trained end of turn (cut to max_length)")
     if main_process():

@@ -35,6 +35,16 @@ def test_a_missing_recipe(tmp_path):
     assert "recipes.yaml" in message
 
 
+def test_a_failure_is_one_object_for_machines_too(tmp_path):
+    recipe(tmp_path)
+    done = fitout("run", "recipes.yaml", "--json", cwd=tmp_path)
+    told(done, tmp_path, "no such recipe")
+    found = json.loads(done.out)
+    assert found["exit_code"] == 2 and "no such recipe" in found["error"] and "recipe.yaml" in found["hint"]
+    done = fitout("plan", "recipe.yaml", "--set", "train.lr=-1", "--json", cwd=tmp_path)
+    assert "train.lr" in json.loads(done.out)["error"] and done.code == 2
+
+
 def test_a_missing_data_file(tmp_path):
     rows(tmp_path / "train.jsonl")
     done = fitout("data", "prepare", recipe(tmp_path, "trian.jsonl"), cwd=tmp_path)

@@ -146,6 +146,14 @@ def test_templates_and_trained_embeddings(tmp_path):
         combine([tmp_path / "a", tmp_path / "c"], tmp_path / "out", how="linear")
 
 
+def test_a_weight_that_is_no_number_is_refused(tmp_path):
+    for name in ("a", "b"):
+        save_lora(tmp_path / name)
+    with pytest.raises(FitoutError, match="a weight is no number") as error:
+        combine([tmp_path / "a", tmp_path / "b"], tmp_path / "out", how="linear", weights=[float("nan"), 1.0])
+    assert error.value.exit_code == 2
+
+
 def test_wrong_requests(tmp_path):
     for name in ("a", "b"):
         save_lora(tmp_path / name)
