@@ -113,7 +113,9 @@ def build(raw: dict[str, Any], *, folder: Path | None = None, where: str = "") -
     return recipe
 
 
-DEFAULT_KINDS = {"method": "lora", "objective": "sft"}
+DEFAULT_KINDS = {
+    key: Recipe.model_fields[key].get_default(call_default_factory=True).kind for key in ("method", "objective")
+}
 
 
 def _no_numbers(given: Any, taken: Any, key: str) -> Iterator[str]:
@@ -202,7 +204,7 @@ def _faults(error: ValidationError, raw: dict[str, Any]) -> list[str]:
             lines.append(f"{key}: {fault['input']!r} is not one of {expected}" if fault["type"] == "literal_error"
                          else f"{key}.kind: {fault['ctx']['tag']!r} is not one of {expected}")  # fmt: skip
         elif fault["type"] == "union_tag_not_found":
-            lines.append(f"{key}: needs a kind, for example {key}: {{kind: {'lora' if key == 'method' else 'sft'}}}")
+            lines.append(f"{key}: needs a kind, for example {key}: {{kind: {DEFAULT_KINDS[key]}}}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"{key or 'recipe'}: {message[0].lower()}{message[1:]} (given: {str(fault['input'])[:60]})")

@@ -24,6 +24,7 @@ from .chat.types import Conversation, Message, Origin, Text
 from .errors import CheckError, FitoutError, RequestError
 from .files import fingerprint
 from .model import rope
+from .model.attention import UNLIKE
 from .model.memory import give_back, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ SLOW: dict[Reads, str | None] = {
     "alone": "this model answers one prompt at a time: in a batch padding would change its answers",
     "anew": "this model reads the whole text again for each token: it does not go on from transformers' cache",
 }
-UNLIKE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest logit, by rounding alone
 PREFILL = 1024  # tokens a row per forward while reading a prompt: bounds memory, and how long a cancel waits
 LOGITS = 1 << 26  # entries of one logits tensor when scoring (256 MiB in fp32)
 HALF = "\ufffd"  # what a decoder writes for bytes that are not a whole character
@@ -485,13 +485,13 @@ class _Rows:
 
     def extend(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
         """Reads `ids` (B, T) after what was read before; the logits (B, keep, V) of the last `keep`, in fp32."""
-        if self._switch is None and self._reads != "anew":
-            return self._forward(ids, keep)
-        self._read.append(ids)
         if self._reads == "anew":
+            self._read.append(ids)
             whole = torch.cat(self._read, 1).to(self._device)
             return self._engine.model(input_ids=whole, use_cache=False).logits[:, -keep:].float()
-        assert self._switch is not None
+        if self._switch is None:
+            return self._forward(ids, keep)
+        self._read.append(ids)
         if not self._long and len(ids) == 1 and self._seen + ids.shape[1] > self._switch:
             ids, self._long = torch.cat(self._read, 1), True
             self._begin()

@@ -137,10 +137,10 @@ def _train_model(
         embedding: Any = model.get_input_embeddings()
         held = whole * embedding.weight.element_size()  # a 4-bit base is merged in 16 bits
         _require_space(recipe, directory, trained, held, method.frozen_base, total)
-    balances = ["the loss that balances the router's experts (output_router_logits) is not added to the objective's"]
-    balances = balances if getattr(model, "fitout_balances", False) else []
-    for note in (*method.notes(model), *balances, *optimizer_notes(recipe.train, device)):
+    for note in (*method.notes(model), *optimizer_notes(recipe.train, device)):
         screen.say(note)
+    if getattr(model, "fitout_balances", False):
+        screen.say("the loss that balances the router's experts (output_router_logits) is not added to the objective's")
     tell_sharing(recipe, batches, total, screen)
     products = products_of(recipe, kind, chat.grown, device)
     job = Job(

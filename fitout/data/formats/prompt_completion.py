@@ -32,19 +32,21 @@ class PromptCompletion:
         prompt, answer = first_key(row, PROMPTS), first_key(row, ANSWERS)
         if prompt is None or answer is None:
             raise RowError(f"no `{'prompt' if prompt is None else 'completion'}`")
-        asked = row[prompt] if isinstance(row[prompt], list) else []
-        told = [isinstance(turn, dict) and ("train" in turn or "weight" in turn) for turn in asked]
-        before = turns(row, prompt, "user")
-        before = [one if says else replace(one, train=False) for one, says in zip(before, told, strict=False)] or before
-        messages = before + turns(row, answer, "assistant")
+        messages = turns(row, prompt, "user") + turns(row, answer, "assistant")
         return [conversation(messages, row, origin, (prompt, answer))]
 
 
 def turns(row: Row, key: str, role: str) -> list[Message]:
-    """A field as messages: text is one turn of `role`, a list of messages is itself."""
+    """A field as messages: text is one turn of `role`, a list of messages is itself; of a `user`'s field, the prompt,
+    what does not say itself whether it is trained is context."""
     value: Any = row[key]
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        return [openai.message(turn, number) for number, turn in enumerate(turn_list(value, key), 1)]
+        given = turn_list(value, key)
+        messages = [openai.message(turn, number) for number, turn in enumerate(given, 1)]
+        return [
+            replace(one, train=False) if role == "user" and not {"train", "weight"} & turn.keys() else one
+            for one, turn in zip(messages, given, strict=True)
+        ]
     if isinstance(value, list):
         # Label columns are often lists of one (Doccano, SQuAD-like answers); more than one has no single answer.
         if len(value) != 1 or not isinstance(value[0], str):
