@@ -259,9 +259,9 @@ def test_the_gradients_that_choose_recompute_where_training_does(tmp_path, monke
 
         begin = method.begin
 
-        def beginning(model, gradients, begin=begin):
+        def beginning(*given, begin=begin, model=model):
             hook = model.model.layers[0].self_attn.register_forward_hook(counted)
-            begin(model, gradients)
+            begin(*given)
             hook.remove()
 
         monkeypatch.setattr(method, "begin", beginning)
