@@ -78,10 +78,11 @@ def padding(model: Any, layout: Layout) -> int:
     """How many tokens `token_losses` adds to this layout's row, to fill it up; no more than the model has positions, or
     turns alike."""
     filling = -layout.tokens % _rounding(model)
-    if _packed(model):
-        return filling
     config = model.config.get_text_config(decoder=True)
-    limits = (rope.switch(config), getattr(config, "max_position_embeddings", None))
+    turned = rope.switch(config)
+    if _packed(model):
+        return min(filling, turned or filling)
+    limits = (turned, getattr(config, "max_position_embeddings", None))
     return min([filling, *(limit - layout.tokens for limit in limits if limit and limit >= layout.tokens)])
 
 
