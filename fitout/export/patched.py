@@ -20,7 +20,7 @@ from ..model.methods.adapter import Bottleneck, settings_of
 from .merge import TOLERANCE, logits, probe_ids, stored_dtype
 from .write import save_chat, set_stop_ids, write_card
 
-CODE = Path(__file__).with_name("patched_model.py")  # goes into the folder, with a last line that names the family
+CODE = Path(__file__).with_name("patched_model.py")  # goes into the folder, with a last line that names classes
 
 
 def write_patched(
@@ -45,7 +45,7 @@ def write_patched(
     dtype = stored_dtype(load_config(base, **source))
     chat = open_chat(adapter)
     model: Any = load_base(base, dtype=torch.float32, packed=False, **source)
-    family = type(model).__name__.removesuffix("ForCausalLM")
+    names = type(model.config).__name__, type(model).__name__
     if not type(model).__module__.startswith("transformers."):
         raise RequestError(
             "the base brings code of its own, which the folder's code cannot build on",
@@ -59,12 +59,12 @@ def write_patched(
     with staged_folder(target) as folder:
         save_model(model.to(dtype), folder)
         save_chat(chat, folder)
-        last = f'\n\nBottleneckConfig, BottleneckForCausalLM = classes("{family}")\n'
+        last = f'\n\nBottleneckConfig, BottleneckForCausalLM = classes("{names[0]}", "{names[1]}")\n'
         write_text(folder / CODE.name, CODE.read_text(encoding="utf-8") + last)
         write_json(folder / "config.json", read_json(folder / "config.json") | _config(model, settings_of(adapter)))
         how = {"How to load": {"transformers": "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)"}}
         write_card(folder, name=name, base=base, facts={**how, **facts})
-        difference = float((logits(_load(folder, family), probes) - before).abs().max() / before.abs().max())
+        difference = float((logits(_load(folder, names), probes) - before).abs().max() / before.abs().max())
         if not difference <= TOLERANCE[dtype]:
             raise CheckError(
                 f"the written model's logits differ from the adapter's by {difference:.2g} "
@@ -76,13 +76,13 @@ def write_patched(
     return difference
 
 
-def _load(folder: Path, family: str) -> Any:
+def _load(folder: Path, names: tuple[str, str]) -> Any:
     """The folder's model by the same classes, from this package: nothing in a folder is run."""
     from .patched_model import classes
 
-    _, model_class = classes(family)
+    _, model_class = classes(*names)
     model, info = model_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
     if info["missing_keys"] or info["unexpected_keys"]:
         raise CheckError(f"the written tensors are not the model's: {info}", where=str(folder))

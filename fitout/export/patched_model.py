@@ -27,10 +27,10 @@ def adapted(block, args, kwargs, output):
     return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
-def classes(family: str) -> tuple[Any, Any]:
-    """Configuration and model of a transformers family ("Llama") with adapters in the blocks that its config names."""
-    base_config: Any = getattr(transformers, family + "Config")
-    base_model: Any = getattr(transformers, family + "ForCausalLM")
+def classes(config_name: str, model_name: str) -> tuple[Any, Any]:
+    """Those of transformers ("LlamaConfig", "LlamaForCausalLM") with adapters in the blocks that the config names."""
+    base_config: Any = getattr(transformers, config_name)
+    base_model: Any = getattr(transformers, model_name)
 
     class BottleneckConfig(base_config):
         """The base's configuration under a name of its own, so that it is never loaded without its adapters."""

@@ -14,6 +14,7 @@ from fitout.chat import ChatSettings
 from fitout.chat.render import SAMPLE, open_chat
 from fitout.errors import CheckError, RequestError
 from fitout.export.merge import logits, merge_adapter, probe_ids
+from fitout.export.write import save_chat
 from fitout.files import read_json
 from fitout.model.load import SHELL, load_adapter, load_base
 from tests.export.families import save_bottleneck, save_family, save_lora, save_run
@@ -185,6 +186,21 @@ def test_a_bare_model_folder(tmp_path):
     save_family("qwen2", tmp_path / "model")
     verbs.export(tmp_path / "model", engine="llamacpp", to=tmp_path / "out", stored_as="q8_0")
     assert (tmp_path / "out" / "out.gguf").exists()
+
+
+def test_a_model_whose_attention_knows_no_sdpa(tmp_path):
+    from transformers import AutoModelForCausalLM, GPTJConfig
+
+    chat = open_chat(SHELL)
+    config = GPTJConfig(
+        vocab_size=len(chat.tokenizer), n_embd=32, n_layer=1, n_head=2, rotary_dim=8, n_positions=128, eos_token_id=0
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    save_chat(chat, tmp_path / "model")
+    assert (
+        "difference"
+        in verbs.export(tmp_path / "model", to=tmp_path / "out").checked["logits, plain transformers in fp32"]
+    )
 
 
 def test_a_nonlinear_adapter_brings_its_code(tmp_path):
