@@ -261,7 +261,29 @@ def load_base(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights, with a loss and
             module.support_avx512bf16_for_cpu = False  # without a way back, in the first forward of an evaluation
+    if extra and packed:
+        _require_computes(model, base)
     return model.to(device)
+
+
+@torch.no_grad()
+def _require_computes(model: Any, base: str) -> None:
+    """Before it is trained, a model whose weights a method had loaded in another form must compute with them: Mamba's
+    code multiplies by a weight itself, which in 4 bits has another shape."""
+    before = model.config._attn_implementation
+    take(model, "eager")
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ModelError(
+            "this model's own code does not compute with quantised weights: it reads them itself",
+            where=base,
+            hint="Take method: {kind: lora}.",
+        ) from error
+    finally:
+        take(model, before)
 
 
 def _or_eager(make: Callable[[str], Any], attention: str) -> Any:

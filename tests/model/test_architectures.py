@@ -16,6 +16,7 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     MptConfig,
@@ -244,6 +245,14 @@ def test_layers_that_cannot_be_held_in_4_bits_are_refused(tmp_path):
         model = load_base(str(tmp_path / name), extra=method.load_kwargs(torch.float32))
         with pytest.raises(ModelError, match="cannot be held in 4 bits"):
             method.apply(model)
+
+
+def test_a_model_that_reads_weights_itself_cannot_do_so_in_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = MambaConfig(vocab_size=97, hidden_size=64, num_hidden_layers=1, state_size=8, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="does not compute with quantised weights"):
+        load_base(str(tmp_path), extra=create(QloraSettings()).load_kwargs(torch.float32))
 
 
 def test_special_attention_that_is_not_computed_is_refused():
