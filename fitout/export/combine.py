@@ -53,7 +53,14 @@ def combine(
     plain = load_base(base, packed=False, revision=configs[0].get("revision"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's own, of what transformers renames
-        model = _summed(plain, found, weights, how, density)
+        try:
+            model = _summed(plain, found, weights, how, density)
+        except ValueError as error:  # DeepSeek's experts, Mamba's out_proj
+            raise ModelError(
+                f"PEFT does not combine adapters of this model: {error}",
+                where=base,
+                hint="Merge one of them (`fitout merge`), and train the other on the merged model.",
+            ) from error
     _save(model, folder, found[0], base, configs[0].get("revision"))
     return {
         "adapters": ", ".join(map(str, adapters)),

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 from fitout import verbs
 from fitout.chat import ChatSettings
+from fitout.chat.render import open_chat
 from fitout.cli.app import app
-from fitout.errors import CheckError, FitoutError
+from fitout.errors import CheckError, FitoutError, ModelError
 from fitout.export.combine import SEED, combine
+from fitout.export.write import save_chat
 from fitout.files import read_json, write_json
 from fitout.model.load import SHELL
 from fitout.model.methods import lora
@@ -123,6 +125,24 @@ def test_adapters_that_do_not_go_together(tmp_path, change, how, message):
     with pytest.raises(FitoutError, match=message) as error:
         verbs.combine([tmp_path / "a", tmp_path / "b"], tmp_path / "out", how=how)
     assert error.value.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_peft_cannot_combine_adapters_of(tmp_path):
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    config = DeepseekV3Config(
+        vocab_size=2944, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=2, num_experts_per_tok=1, n_group=1,
+        topk_group=1, first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8,
+        v_head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    save_chat(open_chat(SHELL), tmp_path / "base")
+    for name in ("a", "b"):
+        save_lora(tmp_path / name, base=tmp_path / "base")
+    with pytest.raises(ModelError, match="PEFT does not combine"):
+        verbs.combine([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_over_four_bits_is_refused(tmp_path):
