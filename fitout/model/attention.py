@@ -55,6 +55,7 @@ def packed_attention(
     in the softmax and lead nowhere (gpt-oss). Raises ModelError for other special attention.
     """
     special = [name for name in NOT_COMPUTED if more.get(name) is not None]
+    special += ["keys besides the tokens' own"] * (key.shape[2] != query.shape[2])
     if special or more.get("is_causal") is False:
         raise ModelError(
             f"this model's attention is special ({', '.join(special) or 'not causal'}), which packed attention is not",

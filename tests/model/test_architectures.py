@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CodeGenConfig,
+    DeepseekV4Config,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
@@ -214,6 +215,19 @@ def test_a_router_that_is_written_as_a_linear_layer_stays_what_it_is(config, met
     torch.testing.assert_close(logits, before)
     logits.sum().backward()
     assert any("the experts'" in note for note in plug.notes(model))
+
+
+def test_keys_that_are_no_tokens_are_found_and_the_models_own_attention_stays():
+    """DeepSeek V4 adds compressed keys to those of the tokens."""
+    config = DeepseekV4Config(
+        **{**SMALL, "num_key_value_heads": 1, "num_hidden_layers": 4, "head_dim": 16}, qk_rope_head_dim=4,
+        q_lora_rank=16, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+        o_groups=2, o_lora_rank=8, index_n_heads=2, index_head_dim=8, index_topk=4, hc_mult=2, sliding_window=8,
+    )  # fmt: skip
+    model = model_of(config, attention.NAME)
+    assert "keys besides the tokens' own" in attention.settle(model)
+    assert model.config._attn_implementation == "eager"
+    model(input_ids=torch.arange(20)[None], use_cache=False).logits.sum().backward()
 
 
 def test_the_routers_loss_is_left_out_and_the_files_still_ask_for_it(tmp_path):
