@@ -9,7 +9,8 @@ copy of a shared prefix's keys (measured in ../benchmarks).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -329,9 +330,12 @@ def settle(model: PreTrainedModel) -> str | None:
 
 
 def _why_not_apart(model: PreTrainedModel) -> str | None:
-    moved = documents_apart(model)
+    with _noted() as calls:
+        moved = documents_apart(model)
     if moved is None:
         return "whether packed documents see each other cannot be shown (logits did not move)"
+    if moved and any(call.get("segments") is None for call in calls):  # Nemotron
+        return "this model's own code does not tell its attention where packed documents end"
     return f"this model carries information across packed documents (logits moved by {moved:.2g})" if moved else None
 
 
@@ -353,30 +357,41 @@ def _why_unlike(model: PreTrainedModel) -> str | None:
 def _what_is_lost(model: PreTrainedModel) -> str | None:
     """What this architecture tells its attention by a mask alone, which packed attention has none of. The few tokens of
     `unlike_own` do not show it."""
-    from transformers import AttentionInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     if "chunked_attention" in kinds:
         return "this model attends in chunks, which packed attention does not"
-    original, windows = ALL_ATTENTION_FUNCTIONS[NAME], []
-
-    def noted(*given: Any, **more: Any) -> Any:
-        windows.append(more.get("sliding_window") is not None)
-        return original(*given, **more)
-
     before = model.config._attn_implementation
     take(model, NAME)
-    AttentionInterface.register(NAME, noted)
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+        with _noted() as calls:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+            model(input_ids=ids, use_cache=False)
     finally:
-        AttentionInterface.register(NAME, original)
         take(model, before)
+    windows = [call.get("sliding_window") is not None for call in calls]
     missing = kinds.count("sliding_attention") - sum(windows) if kinds else 0
     if not kinds and getattr(model.config.get_text_config(decoder=True), "sliding_window", None) and not any(windows):
         missing = len(windows)  # PhiMoE
     return f"{missing} of this model's layers tell packed attention no window" if missing > 0 else None
+
+
+@contextmanager
+def _noted() -> Iterator[list[dict[str, Any]]]:
+    """What each call of packed attention is told besides the states, until the block ends."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    original, calls = ALL_ATTENTION_FUNCTIONS[NAME], []
+
+    def noted(*given: Any, **more: Any) -> Any:
+        calls.append(more)
+        return original(*given, **more)
+
+    AttentionInterface.register(NAME, noted)
+    try:
+        yield calls
+    finally:
+        AttentionInterface.register(NAME, original)
 
 
 def takes_others(model: PreTrainedModel) -> bool:

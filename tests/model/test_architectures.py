@@ -21,6 +21,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     MptConfig,
+    NemotronConfig,
     PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -228,6 +229,15 @@ def test_keys_that_are_no_tokens_are_found_and_the_models_own_attention_stays():
     assert "keys besides the tokens' own" in attention.settle(model)
     assert model.config._attn_implementation == "eager"
     model(input_ids=torch.arange(20)[None], use_cache=False).logits.sum().backward()
+
+
+def test_a_model_that_does_not_hand_segments_on_is_told_from_one_that_mixes_documents():
+    model = model_of(NemotronConfig(**SMALL), attention.NAME)
+    why = attention.settle(model)
+    assert why == "this model's own code does not tell its attention where packed documents end"
+    assert model.config._attn_implementation == attention.NAME
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8)
+    assert "carries information" in attention.settle(model_of(config, "eager"))
 
 
 def test_the_routers_loss_is_left_out_and_the_files_still_ask_for_it(tmp_path):
