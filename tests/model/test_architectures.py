@@ -12,9 +12,11 @@ from transformers import (
     CodeGenConfig,
     DeepseekV4Config,
     FalconConfig,
+    FalconMambaConfig,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
+    JambaConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
@@ -238,6 +240,35 @@ def test_a_model_that_does_not_hand_segments_on_is_told_from_one_that_mixes_docu
     assert model.config._attn_implementation == attention.NAME
     config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8)
     assert "carries information" in attention.settle(model_of(config, "eager"))
+
+
+MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("method", [LoraSettings(rank=2), SparseSettings(select="random")], ids=["lora", "sparse"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(**MAMBA, state_size=8),
+        FalconMambaConfig(**MAMBA, state_size=8),
+        JambaConfig(
+            **SMALL, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False
+        ),
+    ],
+    ids=["mamba", "falcon mamba", "jamba"],
+)
+def test_all_that_is_counted_as_trained_has_a_gradient_and_what_is_never_called_is_said(config, method):
+    model, plug = model_of(config, "eager"), create(method)
+    plug.apply(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter)
+    model(input_ids=torch.arange(3, 22)[None], use_cache=False).logits.square().sum().backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert any("(dt_proj) stay as they are" in note for note in plug.notes(model))
+    named = create(method.model_copy(update={"targets": ["in_proj", "dt_proj"]}))
+    with pytest.raises(RequestError, match="names dt_proj, a layer that this model never calls"):
+        named.apply(model_of(config, "eager"))
 
 
 def test_the_routers_loss_is_left_out_and_the_files_still_ask_for_it(tmp_path):

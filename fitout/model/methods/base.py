@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +145,38 @@ def decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
     )
 
 
-def linear_layers(model: Any, targets: list[str] | str) -> list[str]:
-    """Names of the linear layers that `targets` means: `all-linear` is all but the head. Raises RequestError when there
-    is none."""
-    head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if is_linear(m) and m is not head]
-    chosen = linear if isinstance(targets, str) else chosen_by_name(linear, targets)
+def linear_layers(model: Any, targets: list[str] | str, *, head: bool = False, beside: Iterable[str] = ()) -> list[str]:
+    """Names of the linear layers that `targets` means, none of them in the modules `beside`. `all-linear` is all but
+    the head, which can be named where `head` allows it. Raises RequestError when there is none to adapt."""
+    last, inside = model.get_output_embeddings(), tuple(f"{name}." for name in beside)
+    head = head and targets != "all-linear"
+    linear = [n for n, m in model.named_modules() if is_linear(m) and (head or m is not last)]
+    if isinstance(targets, str):
+        chosen = [n for n in linear if not _never_called(model, n)]
+    else:
+        chosen = chosen_by_name(linear, targets)
+        _require_called(model, chosen)
+    chosen = [n for n in chosen if not f"{n}.".startswith(inside)]
     if not chosen:
         raise nothing_to_adapt(targets)
     return chosen
+
+
+def _never_called(model: Any, name: str) -> bool:
+    """Whether this is a layer whose weight the model's own code multiplies by, so that what stands in the layer's place
+    would compute nothing: the one that gives Mamba's time steps."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "dt_proj" and hasattr(model.get_submodule(owner), "A_log")
+
+
+def _require_called(model: Any, chosen: list[str]) -> None:
+    never = [name for name in chosen if _never_called(model, name)]
+    if never:
+        raise RequestError(
+            f"method.targets names {never[0].rpartition('.')[2]}, a layer that this model never calls",
+            harm="It would silently stay untrained: the model's own code multiplies by its weight itself.",
+            hint="Leave it out, or train it with method: {kind: full}.",
+        )
 
 
 @torch.no_grad()
@@ -183,20 +206,28 @@ def nothing_to_adapt(targets: list[str] | str) -> RequestError:
     )
 
 
-def experts_left(model: nn.Module) -> list[str]:
-    """What to know of a mixture of experts whose experts are tensors of three dimensions, not linear layers."""
+def left_alone(model: nn.Module) -> list[str]:
+    """What to know of weights of two dimensions and more that no method for linear layers trains: of layers that are
+    never called, and of a mixture of experts whose experts are tensors of three dimensions."""
+    never = [name for name, module in model.named_modules() if is_linear(module) and _never_called(model, name)]
+    lines = []
+    if never:
+        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in never}))
+        lines.append(
+            f"{len(never)} layers ({leaves}) stay as they are: the model's own code reads their weights itself"
+        )
     count, kinds = 0, set()
     for module in model.modules():
         for parameter in () if isinstance(module, nn.modules.conv._ConvNd) else module.parameters(recurse=False):
             if parameter.dim() == 3 and not parameter.requires_grad:
                 count += parameter.numel()
                 kinds.add(str(parameter.dtype).removeprefix("torch."))
-    if not count:
-        return []
-    return [
-        f"the experts' {count:,} parameters stay as they are, in {' and '.join(sorted(kinds))}: they are no linear "
-        "layers; PEFT may read what is trained beside them otherwise: take the merged model elsewhere"
-    ]
+    if count:
+        lines.append(
+            f"the experts' {count:,} parameters stay as they are, in {' and '.join(sorted(kinds))}: they are no linear "
+            "layers; PEFT may read what is trained beside them otherwise: take the merged model elsewhere"
+        )
+    return lines
 
 
 def chosen_by_name(linear: list[str], targets: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from ...files import read_json, write_json
 from ..fused import lora_linear
 from ..load import embeddings, untie, write_tensors
 from . import LoraSettings, LowRankSettings, saved_shapes
-from .base import Method, chosen_by_name, experts_left, fill, freeze_base, is_linear, nothing_to_adapt
+from .base import Method, fill, freeze_base, left_alone, linear_layers
 
 PREFIX = "base_model.model."  # PEFT wraps the model twice; its file names keep that
 DECOMPOSED = ("pissa", "olora")  # beginnings that take a part of the weight over into A and B
@@ -171,19 +171,9 @@ class Lora(Method):
 
     def _targets(self, model: Any) -> list[str]:
         """Names of the layers to adapt, as PEFT finds them by the ends of names; none of what is trained whole."""
-        head = model.get_output_embeddings()
-        linear = {n: m for n, m in model.named_modules() if is_linear(m)}
-        wanted = self.settings.targets
-        if wanted == "all-linear":
-            chosen = [n for n, module in linear.items() if module is not head]
-        else:
-            chosen = chosen_by_name(list(linear), wanted)  # the head too, where it is named
-        whole = tuple(f"{name}." for name in self._whole(model))
-        chosen = [n for n in chosen if not f"{n}.".startswith(whole)]
-        if not chosen:
-            raise nothing_to_adapt(wanted)
+        chosen = linear_layers(model, self.settings.targets, head=True, beside=self._whole(model))
         for name in chosen:
-            self._check_base(name, linear[name])
+            self._check_base(name, model.get_submodule(name))
         return chosen
 
     def _check_base(self, name: str, base: nn.Linear) -> None:
@@ -267,7 +257,7 @@ class Lora(Method):
         shared = [name for name, module in whole.items() if module in _tied(model)]
         if shared:
             lines.append(f"{' and '.join(shared)} share one weight: it is trained as both, and saved as both")
-        return [*lines, *experts_left(model)]
+        return [*lines, *left_alone(model)]
 
     # files
 

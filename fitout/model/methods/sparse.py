@@ -26,7 +26,7 @@ from ...files import read_json, write_json
 from ..fused import sparse_linear
 from ..load import write_tensors
 from . import SparseSettings
-from .base import Gradients, Method, experts_left, fill, freeze_base, linear_layers, trainable
+from .base import Gradients, Method, fill, freeze_base, left_alone, linear_layers, trainable
 from .cost import SCORE_BYTES
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # torch's, at the first sparse product
@@ -103,7 +103,7 @@ class Sparse(Method):
             setattr(owner, leaf, SparseLinear(getattr(owner, leaf), self.settings.density))
 
     def notes(self, model: nn.Module) -> list[str]:
-        return experts_left(model)
+        return left_alone(model)
 
     def undivided(self, stage: int) -> str | None:
         if stage >= 3:
