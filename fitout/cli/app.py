@@ -229,7 +229,7 @@ def compare(
     from ..config import load
     from .screen import open_screen
 
-    kinds = [kind.strip() for kind in methods.split(",") if kind.strip()] if methods else []
+    kinds = [] if methods is None else [kind.strip() for kind in methods.split(",") if kind.strip()] or [methods]
     with open_screen(json) as screen:
         result = verbs.compare(
             load(recipe, changes), kinds, seeds=seeds, budget=budget, lrs=lrs or [], out=out, screen=screen.verbs

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) -> tuple[Prepared, dict[str, Any]]:
     from ..data.prepare import prepare, summary
 
+    if recipe.data.repairs and not Path(recipe.data.repairs).is_file():
+        raise RequestError(
+            f"there is no file {recipe.data.repairs}",
+            where="data.repairs",
+            harm="The rows that were repaired would be left out.",
+            hint="Correct the path, or make the file: fitout data repair RECIPE.",
+        )
     if recipe.objective.wants == "conversation":
         chat.check()
     for note in chat.notes:
@@ -90,6 +97,9 @@ def repair_data(
             harm="Repaired rows would change its data, and its checkpoints could not be gone on from.",
             hint="Repair under another --out or `name:`, and train anew.",
         )
+    path = repairs_file(recipe.data, directory)
+    if recipe.data.repairs and not path.exists():
+        write_jsonl(path, [])
     _, report = prepare_data(recipe, directory, chat, Screen())
     quarantine = read_jsonl(directory.quarantine)
     known = {bad["rule"] for bad in quarantine}
@@ -100,7 +110,6 @@ def repair_data(
                 where="--accept",
                 hint=f"There are: {', '.join(sorted(known)) or 'none'}; or say all.",
             )
-    path = repairs_file(recipe.data, directory)
     before = read_repairs(path)
     lines = draft(quarantine, before, accept)
     if lines != before:

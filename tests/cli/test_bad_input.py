@@ -102,6 +102,15 @@ def test_repairs_from_the_command_line(tmp_path):
     assert done["admitted"] == 2 and done["rules"] == [] and done["report"]["quarantined"] == {}
 
 
+def test_a_file_of_repairs_that_is_not_there(tmp_path):
+    """Refused where it is to be read, made where it is to be written."""
+    rows(tmp_path / "rows.jsonl")
+    asked = (recipe(tmp_path), "--set", f"data.repairs={tmp_path / 'mine.jsonl'}")
+    told(fitout("data", "prepare", *asked, cwd=tmp_path), tmp_path, "data.repairs", "there is no file", lines=3)
+    assert fitout("data", "repair", *asked, cwd=tmp_path).code == 0
+    assert fitout("data", "prepare", *asked, cwd=tmp_path).code == 0
+
+
 def test_the_wrong_encoding(tmp_path):
     text = "".join(json.dumps({"instruction": f"第{n}", "output": "对"}, ensure_ascii=False) + "\n" for n in range(9))
     (tmp_path / "rows.jsonl").write_bytes(text.encode("gb18030"))

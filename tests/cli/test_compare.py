@@ -128,6 +128,7 @@ def test_another_budget_or_other_data_in_the_same_folder_are_refused(gone_on_wit
     [
         (["--methods", "full,lorra"], "did you mean lora?"),
         (["--methods", "nope"], "Known: full"),
+        (["--methods", ","], "there is no method ','"),
         (["--budget", "hours=2"], "steps=200"),
         (["--methods", "lora", "--lrs", "full=1e-4"], "--lrs names 'full'"),
     ],
