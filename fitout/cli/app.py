@@ -279,6 +279,7 @@ def _numbers(text: str) -> list[float]:
 
 Model = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="a run, a model folder, a hub id, embedded:shell")]
 Adapter = Annotated[str | None, typer.Option(help="an adapter folder over the model")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code")]
 
 
 @app.command()
@@ -292,7 +293,7 @@ def export(
     stored_as: Annotated[
         str | None, typer.Option(help="GGUF: f32, f16, bf16 or q8_0 (default: as the model is stored)")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Writes what an engine needs to load it, checked before and after."""
@@ -323,6 +324,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model in the terminal."""
     from .. import verbs
@@ -330,7 +332,7 @@ def chat(
     from .talk import talk
 
     with open_screen() as screen:
-        engine = verbs.open_engine(model, adapter=adapter)
+        engine = verbs.open_engine(model, adapter=adapter, trust_remote_code=trust_remote_code)
         _tell_how(engine)
         code = talk(
             engine, system=system, max_new_tokens=max_new_tokens, temperature=temperature, console=screen.console
@@ -349,6 +351,7 @@ def serve(
     token: Annotated[str | None, typer.Option(envvar="FITOUT_TOKEN", help="what clients must send as Bearer")] = None,
     name: Annotated[str | None, typer.Option(help="the model name clients use")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="the longest answer a client may ask for")] = 1024,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """An OpenAI-compatible server."""
     from .. import verbs
@@ -358,7 +361,7 @@ def serve(
     check_settings(settings)
     from ..serve.app import serve as start
 
-    engine = verbs.open_engine(model, adapter=adapter)
+    engine = verbs.open_engine(model, adapter=adapter, trust_remote_code=trust_remote_code)
     _tell_how(engine)
     start(engine, settings, model_name=name or Path(model).resolve().name)
 

@@ -309,7 +309,10 @@ def _cannot_load(base: str, error: Exception) -> ModelError:
     return ModelError(
         f"the model cannot be loaded: {str(error).strip().splitlines()[0]}",
         where=base,
-        hint="Check the folder or hub id; for hub ids the network, HF_TOKEN (gated models) and HF_ENDPOINT.",
+        hint="If you trust who made it: --trust-remote-code (chat, serve, export), or model.trust_remote_code: true in "
+        "the recipe."
+        if "trust_remote_code" in str(error)
+        else "Check the folder or hub id; for hub ids the network, HF_TOKEN (gated models) and HF_ENDPOINT.",
     )
 
 

@@ -158,9 +158,11 @@ def merge(directory: RunDir, *, screen: Screen | None = None) -> Path:
         return merge_into_base(recipe, directory, screen, again=True)
 
 
-def open_engine(what: str | Path, *, adapter: str | None = None, precision: str = "auto") -> Engine:
+def open_engine(
+    what: str | Path, *, adapter: str | None = None, precision: str = "auto", trust_remote_code: bool = False
+) -> Engine:
     """A model, a run or `embedded:shell`, ready to talk."""
     import_libraries()
     from ..engine import Engine
 
-    return Engine.open(what, adapter=adapter, precision=precision)
+    return Engine.open(what, adapter=adapter, precision=precision, trust_remote_code=trust_remote_code)

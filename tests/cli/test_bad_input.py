@@ -168,6 +168,33 @@ def test_a_base_that_is_not_there(tmp_path):
     told(fitout("train", recipe(tmp_path, base="./nowhere"), cwd=tmp_path), tmp_path, "no such model folder")
 
 
+CODE_OF_ITS_OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+@pytest.mark.parametrize("verb", ["chat", "serve"])
+def test_a_model_with_code_of_its_own(tmp_path, monkeypatch, verb):
+    """Refused with the flag that lets it run, and loaded with it."""
+    base = tmp_path / "base"
+    shutil.copytree(SHELL, base)
+    (base / "own.py").write_text(CODE_OF_ITS_OWN)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (base / "config.json").write_text(json.dumps(config))
+    told(fitout(verb, base, cwd=tmp_path), tmp_path, "--trust-remote-code")
+    opened = []
+    monkeypatch.setattr("fitout.cli.talk.talk", lambda engine, **_: opened.append(engine) or 0)
+    monkeypatch.setattr("fitout.serve.app.serve", lambda engine, *_, **__: opened.append(engine))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assert fitout(verb, base, "--trust-remote-code", cwd=tmp_path).code == 0
+    assert type(opened[0].model).__name__ == "Model"
+
+
 def test_a_template_that_does_not_render(tmp_path):
     rows(tmp_path / "rows.jsonl")
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}")
