@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import FitoutError
+from .errors import FitoutError, RequestError
 
 
 def home() -> Path:
@@ -43,11 +43,13 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
-    """Turns an operating-system error into one that names the path and the cause."""
+    """Turns an operating-system error into one that names the path and the cause. A file where a folder is to be was
+    asked for, and is no failure of the work."""
     try:
         yield
     except OSError as error:
-        raise FitoutError(
+        kind = RequestError if isinstance(error, NotADirectoryError | FileExistsError) else FitoutError
+        raise kind(
             f"cannot {doing}: {error.strerror or error}",
             where=str(path),
             harm="Nothing half-written is left behind; what was complete before still is.",

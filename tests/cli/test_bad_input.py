@@ -261,6 +261,15 @@ def test_a_disk_without_room_is_told_before_training(tmp_path, monkeypatch, meth
     assert fitout("train", recipe(tmp_path), *changes, "--resume", "--set", "train.max_steps=7", cwd=tmp_path).code == 0
 
 
+@pytest.mark.parametrize("verb", ["train", "compare"])
+@pytest.mark.parametrize("out", ["taken", "taken/run"])
+def test_an_out_that_is_a_file(tmp_path, verb, out):
+    rows(tmp_path / "rows.jsonl")
+    (tmp_path / "taken").write_text("mine")
+    told(fitout(verb, recipe(tmp_path), "--out", tmp_path / out, cwd=tmp_path), tmp_path, "Not a directory", "--out")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_a_second_process_on_the_same_run(tmp_path):
     rows(tmp_path / "rows.jsonl")
     run = RunDir(tmp_path / "runs" / "tiny")
