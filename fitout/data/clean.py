@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..chat.types import Conversation, Message, Pair, Sample, Text
+from ..errors import RequestError
 from . import CleanSettings
 from .content import normalised, texts
 from .personal import find, masked, veiled
@@ -87,6 +88,7 @@ class Cleaner:
     def __init__(self, settings: CleanSettings, control: Sequence[str]):
         self.settings = settings
         self.control = control
+        languages = _detected(settings.languages)
         self.found: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()  # of personal data, samples
         self.examples: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -113,7 +115,7 @@ class Cleaner:
         answers: dict[str, Callable[[Sample], str | None]] = {
             "refusals": refusal,
             "copied": copied,
-            "language": lambda sample: wrong_language(sample, settings.languages),
+            "language": lambda sample: wrong_language(sample, languages),
         }
         self._answers = [(key, rule) for key, rule in answers.items() if self.actions[key] != "off"]
 
@@ -288,6 +290,22 @@ def language(text: str) -> str | None:
         return None
     name, code, percent, _ = found[0]
     return code.partition("-")[0] if reliable and percent >= 80 and name != "Unknown" else None
+
+
+def _detected(codes: Sequence[str]) -> list[str]:
+    """The codes as `language` gives them. Raises RequestError for one that it never gives."""
+    import pycld2
+
+    known = {code for name, code in pycld2.LANGUAGES if name in pycld2.DETECTED_LANGUAGES}
+    wrong = [code for code in codes if code not in known]
+    if wrong:
+        raise RequestError(
+            f"{', '.join(wrong)}: no language that is told apart here",
+            where="data.clean.languages",
+            harm="Every answer would be in another language.",
+            hint="Give codes of Compact Language Detector 2: en, de, zh, iw (Hebrew), ...",
+        )
+    return [code.partition("-")[0] for code in codes]
 
 
 def prose(text: str) -> bool:

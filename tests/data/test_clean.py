@@ -26,6 +26,7 @@ from fitout.data.formats import Refused, choose, convert
 from fitout.data.personal import find, masked, veiled
 from fitout.data.prepare import kept_samples, prepare
 from fitout.data.sources import read
+from fitout.errors import RequestError
 from fitout.model.load import SHELL
 from fitout.rundir import RunDir
 
@@ -126,6 +127,17 @@ def test_languages():
     assert wrong_language(talk("请把下面的句子翻译成英文：" + CHINESE, ENGLISH)) is None
     assert wrong_language(talk("What is the capital?", GERMAN), ["en", "zh"]).startswith("de")
     assert wrong_language(talk("What is the capital?", ENGLISH), ["en", "zh"]) is None
+
+
+def test_codes_of_languages_are_those_that_the_detector_gives():
+    with pytest.raises(ValidationError):
+        CleanSettings(languages=["english"])
+    with pytest.raises(RequestError, match="qq, en-UK: no language") as error:
+        Cleaner(CleanSettings(languages=["en", "qq", "en-UK"]), [])
+    assert error.value.where == "data.clean.languages"
+    cleaner = Cleaner(CleanSettings(language="drop", languages=["zh-Hant"]), [])
+    assert cleaner.clean(talk("What is the capital?", CHINESE))[2] is None
+    assert cleaner.clean(talk("What is the capital?", GERMAN))[2][0] == "language"
 
 
 def test_answers_of_real_files_are_rarely_called_wrong(shared):
