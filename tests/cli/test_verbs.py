@@ -78,6 +78,14 @@ def test_train_takes_data_that_are_prepared_already(tmp_path):
     assert done.code == 0 and run.has_training(), done.err
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "merge"])
+def test_a_run_without_training_has_nothing_to_look_at(tmp_path, verb):
+    rows(tmp_path / "rows.jsonl")
+    assert fitout("data", "prepare", recipe(tmp_path), cwd=tmp_path).code == 0
+    done = fitout(verb, tmp_path / "runs" / "tiny", cwd=tmp_path)
+    assert done.code == 2 and "nothing is trained here yet" in done.err, done.err
+
+
 def test_another_recipe_is_refused(finished):
     folder, run, _ = finished
     done = fitout("run", folder / "recipe.yaml", "--set", "train.lr=0.01", cwd=folder)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from fitout.errors import FitoutError
 from fitout.files import read_jsonl
 from fitout.layout import Segment
 from fitout.model import methods
 from fitout.model.memory import is_out_of_memory, recompute_activations
-from fitout.model.methods import FullSettings, LoraSettings
+from fitout.model.methods import DoraSettings, FullSettings, LoraSettings
 from fitout.train import TrainSettings, checkpoint, loop
 from fitout.train.optim import learning_rate, make_optimizer
 from tests.conftest import tiny_llama
@@ -75,6 +76,18 @@ def test_resumed_with_another_micro_batch_and_with_the_one_that_memory_made_smal
     for steps, asked, ran in ((5, 512, smaller), (6, 300, 300), (7, 300, 300), (8, 512, 512)):
         job = make_job(tmp_path, total=steps, micro_batch_tokens=asked)
         assert train(job, resume=True).budget == ran
+
+
+def test_a_model_that_changes_in_place_what_a_method_keeps_is_told(tmp_path):
+    """Falcon adds to what its layers give; DoRA's gradients need that as it was."""
+    config = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    method = methods.create(DoraSettings(rank=2))
+    method.apply(model)
+    job = job_of(tmp_path, model, random_part(tmp_path, 8), total=1, method=method, packing=False)
+    with pytest.raises(FitoutError, match="changes in place what one of its layers gives") as error:
+        train(job)
+    assert "kind: lora" in error.value.hint
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
