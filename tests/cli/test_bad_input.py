@@ -102,6 +102,16 @@ def test_repairs_from_the_command_line(tmp_path):
     assert done["admitted"] == 2 and done["rules"] == [] and done["report"]["quarantined"] == {}
 
 
+def test_a_column_of_places_that_no_row_has(tmp_path):
+    path = rows(tmp_path / "rows.jsonl")
+    asked = ("data", "prepare", recipe(tmp_path), "--set", "data.position.field=evidence")
+    for _ in range(2):  # also when the data are there already
+        told(fitout(*asked, cwd=tmp_path), tmp_path, "data.position.field", "no sample has the column", lines=3)
+    one, *others = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([one[:-1] + ', "evidence": "tail"}', *others]), encoding="utf-8")
+    assert fitout(*asked, cwd=tmp_path).code == 0
+
+
 def test_a_file_of_repairs_that_is_not_there(tmp_path):
     """Refused where it is to be read, made where it is to be written."""
     rows(tmp_path / "rows.jsonl")
