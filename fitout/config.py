@@ -38,6 +38,11 @@ class Recipe(BaseModel):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     export: ExportSettings = Field(default_factory=ExportSettings)
 
+    @property
+    def lr(self) -> float:
+        """`train.lr`, or what is usual for the method and the objective."""
+        return self.train.lr or self.method.default_lr * self.objective.pace
+
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

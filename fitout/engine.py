@@ -187,11 +187,13 @@ class Engine:
         conversations: Sequence[Prompt],
         choices: Sequence[str] | Sequence[Sequence[str]],
         *,
+        mean: bool = False,
         batch_size: int = 16,
         tools: Sequence[dict] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[float]]:
-        """log p(choice as the whole answer | conversation), summed over its tokens and the end of the turn.
+        """log p(choice as the whole answer | conversation), summed over its tokens and the end of the turn, or their
+        `mean`.
 
         `choices` are the same for all conversations, or one list each; the result has their shape. What the choices of
         one conversation have in common (the prompt) is computed once. Raises RequestError when one does not fit.
@@ -200,7 +202,8 @@ class Engine:
         every: list[Sequence[str]] = [choices if shared else choices[row] for row in range(len(conversations))]  # type: ignore[misc]
         scores = []
         for row, (conversation, options) in enumerate(zip(conversations, every, strict=True)):
-            scores.append(self._choose(conversation, options, batch_size, tools, row))
+            each = self._choose(conversation, options, batch_size, tools, row)
+            scores.append([math.fsum(one) / (len(one) if mean else 1) for one in each])
             if progress:
                 progress(row + 1, len(conversations))
         return scores
@@ -378,7 +381,8 @@ class Engine:
     @torch.no_grad()
     def _choose(
         self, conversation: Prompt, options: Sequence[str], batch_size: int, tools: Sequence[dict], number: int
-    ) -> list[float]:
+    ) -> list[list[float]]:
+        """Of each option the log-probabilities of its tokens."""
         rendered = self._with_answers(conversation, options, tools)
         if longest := max((len(ids) for ids, _ in rendered if self.context and len(ids) > self.context), default=0):
             raise RequestError(
@@ -386,7 +390,7 @@ class Engine:
                 harm="Its likelihood would be that of another text.",
                 hint="Shorten or drop the conversation.",
             )
-        scores: list[float] = []
+        scores: list[list[float]] = []
 
         def score(chunk: list[tuple[list[int], bytes | bytearray]]) -> None:
             # The prompt once, then the answers; the last token in common is fed to each, as it predicts what differs.
@@ -397,7 +401,7 @@ class Engine:
             rows.select([0] * len(chunk))
             common = max(common, 0)
             for (_, trained), row in zip(chunk, self._score(rows, [ids[common:] for ids, _ in chunk]), strict=True):
-                scores.append(math.fsum(p for p, train in zip(row, trained[common + 1 :], strict=True) if train))
+                scores.append([p for p, train in zip(row, trained[common + 1 :], strict=True) if train])
 
         self._in_batches(rendered, batch_size, score, lambda each: len(each[0]))
         return scores

@@ -8,7 +8,7 @@ and no label tensor: what is trained is a list of *targets*, each (position, tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -72,6 +72,8 @@ class Layout:
     target_token   (N,) int64    ... this token ...
     target_weight  (N,) float32  ... with this weight in the loss ...
     target_sample  (N,) int64    ... on behalf of this sample (its row in the prepared store)
+    preferences    (P, 2) int64  pairs of those samples, the chosen one first (objectives of preference)
+    references     (P, 2) float64  log-probability of each of them under the model as training began; NaN before it did
     """
 
     ids: np.ndarray
@@ -81,6 +83,8 @@ class Layout:
     target_token: np.ndarray
     target_weight: np.ndarray
     target_sample: np.ndarray
+    preferences: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    references: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float64))
 
     @property
     def tokens(self) -> int:

@@ -96,6 +96,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def references(self) -> Path:
+        """Log-probabilities of the answers as training began, where the objective refers to them."""
+        return self.path / "references.safetensors"
+
+    @property
     def stacks(self) -> Path:
         return self.path / "stacks"
 

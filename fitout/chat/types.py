@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -79,6 +79,17 @@ class Pair:
     rejected: Message
     origin: Origin
     meta: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict, ...] = ()
+
+    @property
+    def answered(self) -> tuple[Conversation, Conversation]:
+        """The prompt with the chosen and with the rejected answer, which alone is trained in each."""
+        asked = tuple(replace(message, train=False) for message in self.prompt)
+        chosen, rejected = (
+            Conversation((*asked, replace(answer, train=True)), self.origin, self.tools, self.meta)
+            for answer in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
 
 
 Sample = Conversation | Text | Pair

@@ -229,7 +229,11 @@ class TrainingBar:
             self.screen.bar("training", self.total, row["step"], note)
         elif event == "evaluated":
             best = " (best)" if row["best"] else ""
-            self.screen.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}{best}")
+            accuracy = row.get("figures", {}).get("reward_accuracy")
+            told = "" if accuracy is None else f", prefers the chosen answer in {100 * accuracy:.0f} %"
+            self.screen.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}{told}{best}")
+        elif event == "referred":
+            self.screen.say(f"what the model gives {row['pairs']:,} pairs as training begins: {row['seconds']:.0f} s")
         elif event == "resumed":
             for problem in row["passed_over"]:
                 self.screen.say(f"passed over a damaged checkpoint: {problem}")

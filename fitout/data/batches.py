@@ -13,6 +13,7 @@ whether samples are packed at all.
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from threading import RLock
@@ -176,12 +177,15 @@ def _same_prompt(part: Part, starts: np.ndarray) -> list[list[int]]:
     twice (a source's weight) is in two groups, so that it is not seen twice at once."""
     found: dict[bytes, list[int]] = {}
     seen: dict[bytes, int] = {}
+    rejected = part.rejected
     for example, row in enumerate(starts.tolist()):
         ids, trained = part.ids(row), part.train_on(row)[1:]
         length = 1 + int(trained.argmax()) if len(trained) else 0
         key = b"%d" % example
         if length >= MIN_SHARED:
-            whole, prompt = (blake2b(part.tobytes(), digest_size=16).digest() for part in (ids, ids[:length]))
+            pair = row + 1 < len(part) and rejected[row + 1]
+            said = np.concatenate([ids, part.ids(row + 1)]) if pair else ids
+            whole, prompt = (blake2b(some.tobytes(), digest_size=16).digest() for some in (said, ids[:length]))
             seen[whole] = seen.get(whole, 0) + 1
             key = prompt + b"%d" % seen[whole]
         found.setdefault(key, []).append(example)
@@ -198,18 +202,26 @@ def layouts_of(
     packing: bool = True,
     share: bool = True,
 ) -> list[Layout]:
-    """Some rows of a part as this rank's layouts. Without packing every sample is a layout of its own."""
+    """Some rows of a part as this rank's layouts. Without packing every sample, or pair, is a layout of its own. Of a
+    pair both rows are there, the rejected answer's after the chosen one's."""
     ids = [part.ids(row) for row in rows]
+    partner = {int(i) - 1: int(i) for i in np.flatnonzero(part.rejected[rows])}
     if packing:
-        blocks = pack(ids, budget, multiple=ranks, share=share)
+        blocks = pack(ids, budget, multiple=ranks, share=share, partner=partner)
     else:
-        blocks = [[i] for i in range(len(rows))] + [[] for _ in range(-len(rows) % ranks)]
-    return [
-        lay_out(
-            [ids[i] for i in block],
-            [part.train_on(rows[i]) for i in block],
-            [int(rows[i]) for i in block],
-            share=share and packing,
-        )
-        for block in blocks[rank::ranks]
-    ]
+        led = set(partner.values())
+        blocks = [[i, partner[i]] if i in partner else [i] for i in range(len(rows)) if i not in led]
+        blocks += [[] for _ in range(-len(blocks) % ranks)]
+    return [_lay_out(part, rows, ids, block, partner, share and packing) for block in blocks[rank::ranks]]
+
+
+def _lay_out(
+    part: Part, rows: np.ndarray, ids: list[np.ndarray], block: list[int], partner: dict[int, int], share: bool
+) -> Layout:
+    mine = [int(rows[i]) for i in block]
+    layout = lay_out([ids[i] for i in block], [part.train_on(row) for row in mine], mine, share=share)
+    pairs = np.array([(rows[i], rows[partner[i]]) for i in block if i in partner], np.int64)
+    if not len(pairs):
+        return layout
+    references = np.full(pairs.shape, np.nan) if part.references is None else part.references[pairs]
+    return replace(layout, preferences=pairs, references=references)

@@ -23,7 +23,8 @@ def content_key(sample: Sample) -> bytes:
         case Conversation():
             said: Any = [[_said(message) for message in sample.messages], sample.tools]
         case Pair():
-            said = [[_said(message) for message in sample.prompt], _said(sample.chosen), _said(sample.rejected)]
+            prompt = [_said(message) for message in sample.prompt]
+            said = [prompt, _said(sample.chosen), _said(sample.rejected), sample.tools]
         case Text():
             said = normalised(sample.text)
     return digest(type(sample).__name__, said)
@@ -67,6 +68,7 @@ def texts(sample: Sample) -> Iterator[str]:
         case Pair():
             for message in (*sample.prompt, sample.chosen, sample.rejected):
                 yield from message_texts(message)
+            yield from strings(list(sample.tools))
 
 
 def message_texts(message: Message) -> Iterator[str]:

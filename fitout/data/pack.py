@@ -7,7 +7,7 @@ every sample continues it as a branch. Loss and gradients are those of the sampl
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -41,22 +41,34 @@ def tree_tokens(samples: Sequence[np.ndarray], group: Sequence[int]) -> list[int
     return added
 
 
-def pack(samples: Sequence[np.ndarray], budget: int, *, multiple: int = 1, share: bool = True) -> list[list[int]]:
+def pack(
+    samples: Sequence[np.ndarray],
+    budget: int,
+    *,
+    multiple: int = 1,
+    share: bool = True,
+    partner: Mapping[int, int] = {},  # noqa: B006 - only read
+) -> list[list[int]]:
     """Divides a step's samples into micro-batches of about `budget` tokens, a multiple of `multiple` of them.
 
     Micro-batches are made as equal as possible (largest first into the emptiest), so that no rank waits for another.
     A sample longer than the budget has a micro-batch of its own size. Empty ones fill up where ranks outnumber samples.
+    `partner` gives some samples another, of those that are nobody's partner themselves, that must lie with them.
     """
     items: list[tuple[int, list[int]]] = []  # tokens, samples that lie together
-    for group in families(samples, range(len(samples))) if share else [[i] for i in range(len(samples))]:
+    led = set(partner.values())
+    leaders = [i for i in range(len(samples)) if i not in led]
+    for group in families(samples, leaders) if share else [[i] for i in leaders]:
         tokens = 0
         together: list[int] = []
         for index, added in zip(group, tree_tokens(samples, group), strict=True):
-            if together and tokens + added > budget:
+            members = [index, partner[index]] if index in partner else [index]
+            _, *more = tree_tokens(samples, members) if share else map(len, (samples[i] for i in members))
+            if together and tokens + added + sum(more) > budget:
                 items.append((tokens, together))
                 tokens, together, added = 0, [], len(samples[index])
-            tokens += added
-            together.append(index)
+            tokens += added + sum(more)
+            together += members
         items.append((tokens, together))
     items.sort(key=lambda item: (-item[0], item[1]))
     blocks = max(1, -(-sum(tokens for tokens, _ in items) // budget))

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from ..chat.types import Conversation
+from ..chat.types import Conversation, Pair
 from .content import opening
 from .taxonomy import look_up
 
@@ -27,7 +27,9 @@ SENTENCE = re.compile(r"(?<=[.!?。！？])\s*")
 
 
 def place_of(sample: Any, field: str | None) -> str:
-    """One of CLASSES for a conversation: from the column where it says, else measured."""
+    """One of CLASSES for a conversation, or a pair's chosen one: from the column where it says, else measured."""
+    if isinstance(sample, Pair):
+        sample, _ = sample.answered
     if not isinstance(sample, Conversation):
         return "none"
     turns = opening(sample)

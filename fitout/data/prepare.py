@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..chat.types import Conversation, Origin, Sample, Text, Tokens
+from ..chat.types import Conversation, Origin, Pair, Sample, Text, Tokens
 from ..errors import DataError, RunExistsError, TemplateError
 from ..files import explain_os_errors, fingerprint, read_json, read_jsonl, remove_leftovers, sha256_file, write_json
 from ..rundir import RunDir
@@ -479,14 +479,16 @@ def _or_repaired(
             yield from readmitted(repair, sample.origin, plug, source.columns)
 
 
+OBJECTIVE_OF = {"text": "pretrain", "conversation": "sft", "preference pair": "orpo"}
+
+
 def _require_kind(sample: Sample, wants: str, source: SourceSettings, name: str) -> None:
-    kind = "text" if isinstance(sample, Text) else "conversation" if isinstance(sample, Conversation) else "pair"
+    kind = {Text: "text", Conversation: "conversation", Pair: "preference pair"}[type(sample)]
     if kind != wants:
-        remedy = {"text": "objective: {kind: pretrain}", "conversation": "objective: {kind: sft}"}.get(kind)
         raise DataError(
             f"this source ({name}) holds {kind}s, and the objective trains on {wants}s",
             where=source.path,
-            hint=f"Set {remedy}, or take another source." if remedy else "Preference objectives are not there yet.",
+            hint=f"Set objective: {{kind: {OBJECTIVE_OF[kind]}}}, or take another source.",
         )
 
 
@@ -675,7 +677,7 @@ def _render_part(
                     work.reject(stage, sample.origin, rendered.message, as_row(sample), rule="template", form="sample")
                     work.template_hint = rendered.hint
                     continue
-                if isinstance(sample, Conversation) and _left_out(sample, chat, stage, work):
+                if not isinstance(sample, Text) and _left_out(sample, chat, stage, work):
                     continue
                 fitted = _cut_text(rendered, settings) if wants == "text" else _fit(sample, rendered, settings, stage,
                                                                                     work)  # fmt: skip
@@ -687,7 +689,8 @@ def _render_part(
                 told = wants != "text" and len(made.samples) % every == 0
                 made.places.append(CLASSES.index(place_of(sample, settings.position.field)) if told else -1)
                 for tokens in fitted:  # a conversation's samples are shuffled together, a text's blocks apart
-                    writer.add(group, tokens, facts.task_of[at] if facts.told else -1)
+                    rejected = isinstance(sample, Pair) and tokens is fitted[1]
+                    writer.add(group, tokens, facts.task_of[at] if facts.told else -1, rejected=rejected)
                     made.groups.append(group)
                     made.no_end.append(wants != "text" and not _ends_trained(tokens, chat))
                     made.unknown.append(tokens.ids.count(unknown) if unknown is not None else 0)
@@ -700,15 +703,16 @@ def _render_part(
     return made
 
 
-def _left_out(sample: Conversation, chat: Chat, stage: Stage, work: _Work) -> bool:
+def _left_out(sample: Conversation | Pair, chat: Chat, stage: Stage, work: _Work) -> bool:
     """Counts what a sample has that the template does not write; True when that leaves an answer without a word, which
     goes to quarantine."""
-    lost = chat.unwritten(sample.messages, sample.tools)
+    messages = sample.messages if isinstance(sample, Conversation) else (*sample.prompt, sample.chosen, sample.rejected)
+    lost = chat.unwritten(messages, sample.tools)
     for what in lost:
         counts = work.facts.setdefault("unwritten", {})
         counts[what] = counts.get(what, 0) + 1
     if "tool calls" in lost:
-        for number, one in enumerate(sample.messages, 1):
+        for number, one in enumerate(messages, 1):
             if one.train and one.extra.get("tool_calls") and not one.content.strip():
                 reason = f"turn {number}: an answer of tool calls alone, which the chat template does not write"
                 work.reject(stage, sample.origin, reason, as_row(sample), rule="template", form="sample")
@@ -719,7 +723,7 @@ def _left_out(sample: Conversation, chat: Chat, stage: Stage, work: _Work) -> bo
 def _tokenised(
     numbers: np.ndarray, rows: Rows, chat: Chat, wants: str
 ) -> Generator[list[tuple[int, Sample, list[Tokens] | TemplateError]]]:
-    """(number, sample, its tokens) in batches."""
+    """(number, sample, its tokens) in batches; a pair's are those of the chosen answer, then of the rejected one."""
     chunks = list(rows.chunks(numbers, RENDER, RENDER_BYTES))
     taken: deque[list[Any]] = deque()  # whose tokens are not there yet
 
@@ -731,6 +735,9 @@ def _tokenised(
     made: Generator[Any]
     if wants == "text":
         made = ([[tokens] for tokens in chat.text_ids(batch)] for batch in batches())
+    elif wants == "preference pair":
+        answered = ([one for pair in batch for one in pair.answered] for batch in batches())
+        made = (_two_by_two(found) for found in chat.render_all(answered, 2 * len(numbers)))
     else:
         made = chat.render_all(batches(), len(numbers))
     with closing(made):
@@ -738,8 +745,17 @@ def _tokenised(
             yield list(zip(map(int, chunk), taken.popleft(), tokens, strict=True))
 
 
+def _two_by_two(found: list[list[Tokens] | TemplateError]) -> list[list[Tokens] | TemplateError]:
+    """Of conversations that are pairs, one after the other: the tokens of both, or why one of them has none."""
+    return [
+        chosen if isinstance(chosen, TemplateError) else rejected if isinstance(rejected, TemplateError)
+        else [*chosen, *rejected]
+        for chosen, rejected in zip(found[::2], found[1::2], strict=True)
+    ]  # fmt: skip
+
+
 def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, stage: Stage, work: _Work) -> list[Tokens]:
-    """A conversation's samples under `max_length`, [] when it is removed or quarantined."""
+    """A conversation's samples under `max_length`, or both of a pair; [] when it is removed or quarantined."""
     limit = settings.max_length
     longest = max(len(tokens.ids) for tokens in group)
     if longest > limit:
@@ -753,8 +769,14 @@ def _fit(sample: Sample, group: list[Tokens], settings: DataSettings, stage: Sta
             work.remove(stage, sample.origin, "too long", f"{longest} tokens, data.max_length is {limit}")
             return []
         group = [_truncate(tokens, limit) for tokens in group]
-    if not any(tokens.supervised for tokens in group):
-        reason = "no supervised token is left after the cut" if longest > limit else "no token is supervised"
+    reason = "" if any(tokens.supervised for tokens in group) else "no token is supervised"
+    if isinstance(sample, Pair):
+        if not all(tokens.supervised for tokens in group):
+            reason = "no token of one of the answers is supervised"
+        elif group[0].ids == group[1].ids:
+            reason = "the chosen and the rejected answer are the same tokens"
+    if reason:
+        reason += " after the cut" if longest > limit else ""
         work.reject(stage, sample.origin, reason, as_row(sample), rule="nothing to train", form="sample")
         return []
     if longest > limit:
@@ -994,6 +1016,7 @@ def _examples(made: Made, rows: Rows, facts: Facts, seed: int) -> list[dict[str,
     for at in chosen[:EXAMPLES]:
         row = json.loads(rows.line(at))
         turns = [(m["role"], m["content"][:1500]) for m in row.get("messages", row.get("prompt", ()))]
+        turns += [(answer, row[answer]["content"][:1500]) for answer in ("chosen", "rejected") if answer in row]
         if "text" in row:
             turns = [("text", row["text"][:1500])]
         task = named(facts.tasks.labels[facts.task_of[at]]) if facts.told else ""
@@ -1074,6 +1097,6 @@ def kept_samples(run: RunDir, part: PartName) -> Iterator[Sample]:
     return (from_row(row) for row in read_jsonl(path)) if path.exists() else iter(())
 
 
-def test_conversations(run: RunDir) -> list[Conversation]:
+def test_samples(run: RunDir) -> list[Conversation | Pair]:
     """The test part of a prepared run, as it was said."""
-    return [sample for sample in kept_samples(run, "test") if isinstance(sample, Conversation)]
+    return [sample for sample in kept_samples(run, "test") if not isinstance(sample, Text)]

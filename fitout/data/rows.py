@@ -214,6 +214,7 @@ def as_row(sample: Sample) -> dict[str, Any]:
         "prompt": [_message(message) for message in sample.prompt],
         "chosen": _message(sample.chosen),
         "rejected": _message(sample.rejected),
+        "tools": list(sample.tools),
         "meta": sample.meta,
         "origin": origin,
     }
@@ -227,7 +228,7 @@ def from_row(row: dict[str, Any]) -> Sample:
     if "messages" in row:
         return Conversation(tuple(map(_read_message, row["messages"])), origin, tuple(row["tools"]), meta)
     prompt = tuple(map(_read_message, row["prompt"]))
-    return Pair(prompt, _read_message(row["chosen"]), _read_message(row["rejected"]), origin, meta)
+    return Pair(prompt, _read_message(row["chosen"]), _read_message(row["rejected"]), origin, meta, tuple(row["tools"]))
 
 
 def _message(message: Message) -> dict[str, Any]:

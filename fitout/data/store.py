@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("line", pa.int64()),
         ("part", pa.int64()),
         ("task", pa.int32()),  # a number of the data report's tasks; -1 for none
+        ("rejected", pa.bool_()),  # the answer that was not chosen; the chosen one is the row before
     ]
 )
 BATCH = 4096
@@ -45,7 +46,7 @@ class PartWriter:
         self.path = path
         self._schema = SCHEMA.with_metadata({"tasks": json.dumps(list(tasks))})
         self.lengths, self.supervised = array("i"), array("i")
-        self._batch: list[tuple[int, int, Tokens]] = []
+        self._batch: list[tuple[int, int, bool, Tokens]] = []
         self._open = ExitStack()
 
     def __enter__(self) -> PartWriter:
@@ -58,8 +59,8 @@ class PartWriter:
             self._flush()
         self._open.__exit__(kind, error, trace)
 
-    def add(self, group: int, tokens: Tokens, task: int = -1) -> None:
-        self._batch.append((group, task, tokens))
+    def add(self, group: int, tokens: Tokens, task: int = -1, *, rejected: bool = False) -> None:
+        self._batch.append((group, task, rejected, tokens))
         self.lengths.append(len(tokens.ids))
         self.supervised.append(tokens.supervised)
         if len(self._batch) == BATCH:
@@ -91,18 +92,19 @@ def copy_rows(source: Path, target: Path, rows: np.ndarray, groups: np.ndarray) 
                 writer.write_batch(record)
 
 
-def _record(batch: Sequence[tuple[int, int, Tokens]]) -> pa.RecordBatch:
-    tokens = [t for _, _, t in batch]
+def _record(batch: Sequence[tuple[int, int, bool, Tokens]]) -> pa.RecordBatch:
+    tokens = [t for *_, t in batch]
     return pa.record_batch(
         [
             _lists([t.ids for t in tokens]),
             _bytes([t.train_on for t in tokens]),
             _lists([t.cut for t in tokens]),
-            pa.array([group for group, _, _ in batch], pa.int64()),
+            pa.array([group for group, *_ in batch], pa.int64()),
             pa.array([t.origin.file for t in tokens], pa.string()),
             pa.array([t.origin.line for t in tokens], pa.int64()),
             pa.array([t.origin.part for t in tokens], pa.int64()),
-            pa.array([task for _, task, _ in batch], pa.int32()),
+            pa.array([task for _, task, *_ in batch], pa.int32()),
+            pa.array([rejected for _, _, rejected, _ in batch], pa.bool_()),
         ],
         schema=SCHEMA,
     )
@@ -131,7 +133,13 @@ def _offsets(values: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 class Part:
-    """One part of the prepared data, read in place. Rows are numbered from 0."""
+    """One part of the prepared data, read in place. Rows are numbered from 0.
+
+    `references`, (rows,) float64, are log-probabilities of the rows' trained tokens under the model as training began;
+    the loop gives them where the objective asks for them.
+    """
+
+    references: np.ndarray | None = None
 
     def __init__(self, path: Path):
         with pa.memory_map(str(path)) as source:
@@ -142,6 +150,13 @@ class Part:
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    @cached_property
+    def rejected(self) -> np.ndarray:
+        """(rows,) bool: the answers that were not chosen, each right after the chosen one."""
+        if "rejected" not in self.table.column_names:  # prepared by an earlier version
+            return np.zeros(len(self), bool)
+        return np.array(self.table["rejected"].to_pylist(), bool)
 
     @cached_property
     def lengths(self) -> np.ndarray:

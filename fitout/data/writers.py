@@ -32,6 +32,8 @@ def as_openai(sample: Sample) -> Row:
                 "chosen": [said(sample.chosen)],
                 "rejected": [said(sample.rejected)],
             }
+            if sample.tools:
+                row["tools"] = list(sample.tools)
         case Text():
             row = {"text": sample.text}
     return beside(row, sample)
@@ -57,7 +59,7 @@ def as_openai_finetuning(sample: Sample) -> Row:
             return {"messages": wire(sample.messages)} | ({"tools": list(sample.tools)} if sample.tools else {})
         case Pair():
             return {
-                "input": {"messages": wire(sample.prompt)},
+                "input": {"messages": wire(sample.prompt)} | ({"tools": list(sample.tools)} if sample.tools else {}),
                 "preferred_output": wire((sample.chosen,)),
                 "non_preferred_output": wire((sample.rejected,)),
             }

@@ -16,6 +16,7 @@ CHANGES = 12  # forgotten or gained probes shown
 CLIP = 700  # characters of a text shown
 
 LABELS = {
+    "preference": "Prefers the chosen answer",
     "exact_match": "Exact match",
     "accuracy": "Accuracy",
     "macro_f1": "Macro-F1",

@@ -234,14 +234,16 @@ def ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
 
-def mean_measure(name: str, base: Sequence[float], tuned: Sequence[float], signature: str) -> Measure:
-    """A measure whose value is the mean of row scores from 0 to 1, told in points (0 to 100)."""
+def mean_measure(
+    name: str, base: Sequence[float], tuned: Sequence[float], signature: str, *, rows: Sequence[int] | None = None
+) -> Measure:
+    """A measure whose value is the mean of row scores from 0 to 1, told in points (0 to 100); of all rows, or these."""
 
     def statistics(scores: Sequence[float]) -> np.ndarray:
         return np.stack([100.0 * np.asarray(scores, dtype=np.float64), np.ones(len(scores))], axis=1)
 
-    rows = np.arange(len(base), dtype=np.int64)
-    return Measure(name, rows, statistics(base), statistics(tuned), ratio, signature, unit=100.0, top=100.0)
+    of = np.arange(len(base), dtype=np.int64) if rows is None else np.asarray(rows, np.int64)
+    return Measure(name, of, statistics(base), statistics(tuned), ratio, signature, unit=100.0, top=100.0)
 
 
 def resampled_sums(statistics: np.ndarray, samples: int, seed: int) -> np.ndarray:

@@ -15,11 +15,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from ..chat.types import Conversation, Message
+from ..chat.types import Conversation, Message, Pair
 from ..errors import RequestError
 from . import EvaluateSettings
 from . import retention as retain
@@ -32,6 +32,7 @@ from .scores import (
     bleu_tokenizer,
     compare,
     f1_tokens,
+    mean_measure,
     measures,
     normalise,
     row_scores,
@@ -77,6 +78,7 @@ class Engine(Protocol):
         conversations: Sequence[Sequence[Message]],
         choices: Sequence[Sequence[str]],
         *,
+        mean: bool = False,
         tools: Sequence[dict] = (),
     ) -> list[list[float]]: ...
 
@@ -92,11 +94,13 @@ Progress = Callable[[str, int, int], None]  # what is being done, how many are d
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt (all turns before the reference), the reference answer, and the labels to choose from, if any."""
+    """A prompt (all turns before the reference), the reference answer, and the labels to choose from, if any; of a pair
+    the reference is the chosen answer, and `rejected` the other."""
 
     prompt: tuple[Message, ...]
     reference: str
     origin: str
+    rejected: str = ""
     choices: tuple[str, ...] = ()
     tools: tuple[dict, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
@@ -121,13 +125,15 @@ class Answers:
     """One model's answers, in the order of the questions.
 
     finish_reasons: "stop", "length" (ran into the token limit), "choice" (a label was chosen), or "error": the model
-    could not be asked (the prompt fills its context, say), the text is empty, and `errors` says why. largest_batch: how
-    many at a time since memory ran out, None where it did not.
+    could not be asked (the prompt fills its context, say), the text is empty, and `errors` says why. prefers: for
+    questions with a rejected answer, whether a token of the chosen one is likelier on average; None for others.
+    largest_batch: how many at a time since memory ran out, None where it did not.
     """
 
     texts: list[str]
     finish_reasons: list[str]
     errors: list[str]
+    prefers: list[bool | None]
     completions: list[str]
     pieces: list[Piece]
     seconds: float
@@ -202,7 +208,7 @@ def plain(value: Any) -> Any:
 def evaluate(
     base: EngineSource,
     tuned: EngineSource,
-    conversations: Sequence[Conversation],
+    conversations: Sequence[Conversation | Pair],
     settings: EvaluateSettings,
     *,
     probes: Sequence[Probe | Mapping[str, Any]] | None = None,
@@ -237,8 +243,8 @@ def opened(source: EngineSource) -> Iterator[Engine]:
 # Questions
 
 
-def ask(conversations: Sequence[Conversation], settings: EvaluateSettings) -> Questions:
-    """Turns conversations into questions; what cannot be one is counted by reason.
+def ask(conversations: Sequence[Conversation | Pair], settings: EvaluateSettings) -> Questions:
+    """Turns conversations and pairs into questions; what cannot be one is counted by reason.
 
     With a `limit`, rows are drawn at random (seeded) and keep their order: the first rows of a file are often all of
     one kind.
@@ -246,11 +252,12 @@ def ask(conversations: Sequence[Conversation], settings: EvaluateSettings) -> Qu
     asked: list[Question] = []
     skipped: Counter[str] = Counter()
     for conversation in conversations:
-        turn = _question(conversation, settings)
+        pair = isinstance(conversation, Pair)
+        turn = _question(conversation.answered[0] if pair else conversation, settings)
         if isinstance(turn, str):
             skipped[turn] += 1
         else:
-            asked.append(turn)
+            asked.append(replace(turn, rejected=conversation.rejected.content) if pair else turn)
     beyond = max(0, len(asked) - (settings.limit or len(asked)))
     if beyond:
         import numpy as np
@@ -307,11 +314,13 @@ def answer(
             found = _generate(engine, group, settings, _told(progress, f"{name}: answers"))
         for row, one in zip(rows, found, strict=True):
             given[row] = one
+    prefers = _prefer(engine, questions.asked, _told(progress, f"{name}: preferences"))
     completions, pieces = _remember(engine, retention, settings.batch_size, _told(progress, f"{name}: retention"))
     return Answers(
         texts=[one.text for one in given],
         finish_reasons=[one.finish_reason for one in given],
         errors=[one.error for one in given if one.error],
+        prefers=prefers,
         completions=completions,
         pieces=pieces,
         seconds=round(time.monotonic() - started, 3),
@@ -371,6 +380,21 @@ def _choose(engine: Engine, group: Sequence[Question], told: Callable[[int, int]
     return found
 
 
+def _prefer(engine: Engine, asked: Sequence[Question], told: Callable[[int, int], None] | None) -> list[bool | None]:
+    """Answers.prefers; None also for a question that does not fit the engine's context with an answer."""
+    found: list[bool | None] = [None] * len(asked)
+    pairs = [row for row, question in enumerate(asked) if question.rejected.strip()]
+    for done, row in enumerate(pairs, 1):
+        question = asked[row]
+        with suppress(RequestError):
+            answers = (question.reference, question.rejected)
+            [(chosen, rejected)] = engine.choose([question.prompt], [answers], mean=True, tools=question.tools)
+            found[row] = chosen > rejected
+        if told:
+            told(done, len(pairs))
+    return found
+
+
 def _remember(
     engine: Engine, retention: Retention | None, batch_size: int, told: Callable[[int, int], None] | None
 ) -> tuple[list[str], list[Piece]]:
@@ -415,6 +439,9 @@ def score(
         words=settings.words,
         one_label_set=bool(settings.choices) or not any(question.choices for question in asked),
     )
+    if known := [row for row, both in enumerate(zip(base.prefers, tuned.prefers, strict=True)) if None not in both]:
+        prefers = ([float(bool(one.prefers[row])) for row in known] for one in (base, tuned))
+        found.insert(0, mean_measure("preference", *prefers, "mean log-probability of a token", rows=known))
     base_rows, tuned_rows = row_scores(found, len(asked))
     return EvaluationResult(
         scores=[compare(measure, settings.samples, settings.seed) for measure in found],

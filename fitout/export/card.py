@@ -227,7 +227,7 @@ def _training(status: dict[str, Any], recipe: Any) -> dict[str, Any]:
         if method
         else recipe.method.kind,
         "objective": recipe.objective.kind,
-        "learning rate": train.lr or recipe.method.default_lr,
+        "learning rate": recipe.lr,
         "batch": f"{train.batch_tokens} tokens" if train.batch_tokens else f"{train.batch_size} examples",
         "steps": training.get("steps"),
         "epochs asked for": None if train.max_steps else train.epochs,

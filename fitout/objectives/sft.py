@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..layout import Layout
 from . import PretrainSettings, SftSettings
-from .base import token_losses
+from .base import Objective, token_losses
 
 
-class Sft:
+class Sft(Objective):
     def units(self, layouts: Sequence[Layout]) -> float:
         """Supervised tokens, weighted."""
         return float(sum(layout.target_weight.sum() for layout in layouts))

@@ -80,19 +80,28 @@ def _micro_batch(layout: Layout) -> MicroBatch:
 
 class AverageLength:
     """Stands in for prepared data of which only the average length is known: lengths spread log-normally around it
-    (sigma 0.5, as instruction data roughly are), half of each sample trained. Has what Batches reads of a Part."""
+    (sigma 0.5, as instruction data roughly are), half of each sample trained. With `pairs` every second sample is the
+    rejected answer of a pair. Has what Batches reads of a Part."""
 
-    def __init__(self, average: int, longest: int, samples: int = 1024):
+    references = None
+
+    def __init__(self, average: int, longest: int, samples: int = 1024, *, pairs: bool = False):
         spread = np.random.default_rng(0).lognormal(0, 0.5, samples)
         lengths = np.clip(np.round(average * spread / spread.mean()), 2, longest)
         self.lengths = lengths.astype(np.int64)
-        self.groups = np.arange(samples)
+        if pairs:
+            self.lengths[1::2] = self.lengths[::2]
+        self.groups = np.arange(samples) // (2 if pairs else 1)
+        self.rejected = np.arange(samples) % 2 == pairs if pairs else np.zeros(samples, bool)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def ids(self, row: int) -> np.ndarray:
-        return np.arange(row, row + self.lengths[row], dtype=np.int32)  # no two begin alike: nothing is shared
+        ids = np.arange(row, row + self.lengths[row], dtype=np.int32)  # no two begin alike: nothing is shared
+        if self.rejected[row]:
+            ids[: self.lengths[row] // 2] -= 1  # but a pair's prompt
+        return ids
 
     def train_on(self, row: int) -> np.ndarray:
         return (np.arange(self.lengths[row]) >= self.lengths[row] // 2).astype(np.uint8)

@@ -264,16 +264,18 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
     """What can be drawn: `train/loss` and so on for steps, `validation/loss` for evaluations; by task the share of a
-    step's tokens and the validation loss."""
+    step's tokens and the validation loss; the objective's figures under both."""
     if row.get("event") == "evaluated":
         by_task = {f"validation loss/{name}": task["loss"] for name, task in row.get("by_task", {}).items()}
-        return {"validation/loss": row["validation_loss"], **by_task}
+        figures = {f"validation/{name}": value for name, value in row.get("figures", {}).items()}
+        return {"validation/loss": row["validation_loss"], **figures, **by_task}
     if "event" in row:
         return {}
     names = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_mb", "epoch")
     by_task = row.get("tasks", {})
     tasks = {f"share of tokens/{name}": count / sum(by_task.values()) for name, count in by_task.items()}
-    return {**{f"train/{name}": row[name] for name in names}, **tasks}
+    figures = {f"train/{name}": value for name, value in row.get("figures", {}).items()}
+    return {**{f"train/{name}": row[name] for name in names}, **figures, **tasks}
 
 
 def make_listeners(names: Sequence[str], run: RunDir, say: Callable[[str], None]) -> list[Listener]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, Interrupted, StopRequest
 from .listeners import Listener
 from .optim import learning_rate, make_optimizer
+from .references import load_references, require_known, save_references
 from .saver import Saver
 from .step import StepResult, mean_loss, train_step
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NAMED = 8  # rows that a message names
+REFERRED = 512  # rows whose log-probabilities are computed at a time; of a pair both
 STATE = "method|"  # before the names of a method's own state in a checkpoint's weights
 
 
@@ -151,8 +154,60 @@ class _Run:
             self.listening.append(listener)
         if checkpoint or passed_over:
             self._tell("resumed", passed_over=passed_over)
+        if self.job.objective.refers:
+            self._refer()
         if (self.at.step == 0 or self.evaluation_due()) and not self._evaluated():  # a stop may have come within it
             self.evaluate()
+
+    def _refer(self) -> None:
+        """Gives the data the log-probabilities that the model gives their answers now, before the first step; those of
+        then where the run goes on."""
+        batches, path = self.job.batches, self.job.run.references
+        needed = np.unique(np.concatenate([batches.rows(step) for step in range(self._first_epoch())]))
+        parts = {"train": (batches.part, needed)}
+        if self.job.validation:
+            parts["validation"] = (self.job.validation, np.arange(len(self.job.validation)))
+        if self.at.step == 0:
+            start = time.perf_counter()
+            found = {name: self._log_probs(*rows) for name, rows in parts.items()}
+            if self.backend.main:
+                save_references(path, found)
+            pairs = sum(len(rows) // 2 for _, rows in parts.values())
+            self._tell("referred", pairs=pairs, seconds=round(time.perf_counter() - start, 1))
+        else:
+            found = load_references(path, {name: len(its) for name, (its, _) in parts.items()})
+        for name, (its, rows) in parts.items():
+            require_known(path, found[name][rows])
+            its.references = found[name]
+
+    def _first_epoch(self) -> int:
+        """Steps until every row that is trained at all has been."""
+        return min(self.job.total_steps, self.job.batches.steps_in_epoch(0))
+
+    def _log_probs(self, part: Part, rows: np.ndarray) -> np.ndarray:
+        """(rows of the part,) float64, of the trained tokens of each of some rows; NaN for the others."""
+        found = np.full(len(part), np.nan)
+
+        def compute(layouts: list[Layout]) -> list[tuple[np.ndarray, Any]]:
+            made = []
+            for layout in layouts:
+                self._between()
+                if layout.supervised or self.backend.joins:
+                    self.backend.loss(self.job.model, objective, layout, 1.0)
+                    made.append((layout.preferences, objective.log_probs))
+            return made
+
+        objective: Any = self.job.objective
+        self.job.model.eval()
+        with torch.no_grad():
+            for chunk in np.split(rows, range(REFERRED, len(rows), REFERRED)):
+                mine = np.zeros(len(chunk))
+                for pairs, log_probs in self._in_memory(self._layouts_of(part, chunk), compute):
+                    if len(pairs):  # each is on one rank
+                        mine[np.searchsorted(chunk, pairs)] = log_probs.cpu().numpy()
+                found[chunk] = self.backend.sum(*mine)
+        self.job.model.train()
+        return found
 
     def _engage(self) -> None:
         """From here on the model is the backend's: parameters may be divided, and change only by its steps."""
@@ -255,6 +310,7 @@ class _Run:
             supervised_tokens=result.supervised,
             tokens_per_second=round(result.tokens / seconds, 1),
             memory_mb=memory_mb(self.backend.device),
+            **({"figures": result.figures} if result.figures else {}),
             **({"tasks": tasks} if (tasks := self.job.batches.tasks(index)) else {}),
         )
         if profile and (report := profile.take()):
@@ -408,49 +464,53 @@ class _Run:
         part, at = self.job.validation, self.at
         if part is None or len(part) == 0:
             return
-        loss, by_task = self._validation_loss(part)
+        loss, told = self._validation_loss(part)
         at.validation.append([at.step, loss if math.isfinite(loss) else None])
         if at.step == 0:
             at.base_loss = loss if math.isfinite(loss) else None
         elif math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss):
             at.best_loss, at.best_step, at.worse = loss, at.step, 0
-            self._tell("evaluated", validation_loss=loss, best=True, **by_task)
+            self._tell("evaluated", validation_loss=loss, best=True, **told)
             self.save()
             return
         else:
             at.worse += 1
             at.stopped_early = self._has_no_patience()
-        self._tell("evaluated", validation_loss=loss, best=False, **by_task)
+        self._tell("evaluated", validation_loss=loss, best=False, **told)
 
     def _has_no_patience(self) -> bool:
         return self.job.settings.patience is not None and self.at.worse >= self.job.settings.patience
 
     def _validation_loss(self, part: Part) -> tuple[float, dict[str, Any]]:
-        """The loss over a part; and, where its rows have tasks, each task's own loss and its share of the whole."""
+        """The loss over a part; and what the objective tells beside it, and, where rows have tasks, each task's own
+        loss and its share of the whole."""
         groups = part.tasks or {"": np.arange(len(part))}
         sums: dict[str, tuple[float, float]] = {}
+        noted: Counter[str] = Counter()
         training = self.job.model.training
         self.job.model.eval()  # while memory is looked for, too: activations are not recomputed here
         try:
             for name, rows in groups.items():
-                loss, units = self._in_memory(self._layouts_of(part, rows), self._mean_loss)
+                loss, figures, units = self._in_memory(self._layouts_of(part, rows), self._mean_loss)
                 sums[name] = (loss * units if units else 0.0, units)
+                noted.update({key: value * units for key, value in figures.items()})
         finally:
             self.job.model.train(training)
         whole, units = (sum(values) for values in zip(*sums.values(), strict=True))
+        told: dict[str, Any] = {"figures": {key: value / units for key, value in noted.items()}} if noted else {}
         if not part.tasks:
-            return loss, {}
+            return loss, told
         by_task = {
             name: {"loss": summed / own, "share": summed / whole if whole else 0.0}
             for name, (summed, own) in sums.items()
             if own
         }
-        return (whole / units if units else float("nan")), {"by_task": by_task}
+        return (whole / units if units else float("nan")), told | {"by_task": by_task}
 
-    def _mean_loss(self, layouts: list[Layout]) -> tuple[float, float]:
-        """The loss over the layouts of all ranks, and their units."""
+    def _mean_loss(self, layouts: list[Layout]) -> tuple[float, dict[str, float], float]:
+        """The loss over the layouts of all ranks, what the objective tells beside it, and their units."""
         (units,) = self.backend.sum(self.job.objective.units(layouts))
-        return mean_loss(self.job.model, self.job.objective, layouts, self.backend, self._between), units
+        return *mean_loss(self.job.model, self.job.objective, layouts, self.backend, self._between), units
 
     def _evaluated(self) -> bool:
         """Whether the validation of this step has been done (always so where there is nothing to validate on)."""

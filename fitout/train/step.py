@@ -22,7 +22,8 @@ from .backend import Backend
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, over all ranks. `pairs` are those of Layout, `padding` tokens that only fill rows up."""
+    """What a step did, over all ranks. `pairs` are those of Layout, `padding` tokens that only fill rows up, `figures`
+    the objective's, averaged over its units."""
 
     loss: float
     grad_norm: float
@@ -31,6 +32,7 @@ class StepResult:
     supervised: int
     pairs: int
     padding: int
+    figures: dict[str, float]
 
 
 def train_step(
@@ -56,6 +58,7 @@ def train_step(
         sum(x.pairs for x in layouts),
         filling,
     )
+    objective.noted()  # of what was computed for other purposes
     summed = torch.zeros((), dtype=torch.float64, device=backend.device)  # read once, when all is computed
     for index, layout in enumerate(layouts):
         between()
@@ -67,11 +70,16 @@ def train_step(
     with part(OPTIMIZER):
         backend.sum_gradients(parameters)
         norm = backend.clip(optimizer, parameters, clip)
-        (loss_sum,) = backend.sum(float(summed))
+        loss_sum, *noted = backend.sum(float(summed), *objective.noted())
         finite = norm == norm and norm != float("inf") and loss_sum == loss_sum
         _update(optimizer, backend, finite)
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum, norm, finite, *map(int, (tokens, supervised, pairs, filled)))
+    figures = _averages(objective, noted, total)
+    return StepResult(loss_sum, norm, finite, *map(int, (tokens, supervised, pairs, filled)), figures)
+
+
+def _averages(objective: Objective, noted: Sequence[float], total: float) -> dict[str, float]:
+    return {name: value / total for name, value in zip(objective.figures, noted, strict=True)} if total else {}
 
 
 def _update(optimizer: torch.optim.Optimizer, backend: Backend, finite: bool) -> None:
@@ -96,17 +104,19 @@ def mean_loss(
     layouts: Sequence[Layout],
     backend: Backend,
     between: Callable[[], None] = lambda: None,
-) -> float:
-    """The objective's loss over all ranks' layouts, weights untouched, dropout off; `between` as in `train_step`."""
+) -> tuple[float, dict[str, float]]:
+    """The objective's loss over all ranks' layouts, and its figures; weights untouched, dropout off; `between` as in
+    `train_step`."""
     training = model.training
     model.eval()
+    objective.noted()
     try:
         summed = torch.zeros((), dtype=torch.float64, device=backend.device)
         for layout in layouts:
             between()
             if layout.supervised or backend.joins:
                 summed += backend.loss(model, objective, layout, 1.0)
-        loss_sum, total = backend.sum(float(summed), objective.units(layouts))
+        loss_sum, total, *noted = backend.sum(float(summed), objective.units(layouts), *objective.noted())
     finally:
         model.train(training)
-    return loss_sum / total if total else float("nan")
+    return loss_sum / total if total else float("nan"), _averages(objective, noted, total)

@@ -130,7 +130,7 @@ def _entry(recipe: Recipe, kind: str, rates: list[float] | None, screen: Screen)
         if same:
             shown = ", ".join(f"{key} {value}" for key, value in same.items())
             screen.say(f"{kind}: {shown} as in the recipe's {own.kind}, for the rest its defaults")
-    return Entry(kind, settings.model_dump(mode="json"), settings.default_lr, rates)
+    return Entry(kind, settings.model_dump(mode="json"), settings.default_lr * recipe.objective.pace, rates)
 
 
 def _trial_recipe(common: Recipe, trial: Any, settings: dict[str, Any]) -> str:

@@ -127,10 +127,11 @@ def _own_texts(directory: RunDir, most: int = 500) -> tuple[str, ...]:
         return ()
     from itertools import islice
 
-    from ..data.prepare import test_conversations
+    from ..data.content import texts
+    from ..data.prepare import test_samples
 
-    texts = (m.content for conversation in test_conversations(directory) for m in conversation.messages)
-    return tuple(dict.fromkeys(islice(texts, most)))
+    every = (text for sample in test_samples(directory) for text in texts(sample))
+    return tuple(dict.fromkeys(islice(every, most)))
 
 
 def _facts(directory: RunDir, recipe: Recipe | None) -> dict[str, Any]:

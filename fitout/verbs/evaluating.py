@@ -25,7 +25,7 @@ def check_retention(recipe: Recipe) -> None:
 
 def evaluate_run(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bool = False) -> Any:
     """Answers of base and tuned model, scores, retention, report. The test part was never trained on."""
-    from ..data.prepare import test_conversations
+    from ..data.prepare import test_samples
     from ..evaluate import report as pages
     from ..evaluate.suite import evaluate
     from ..model.methods import saved_in
@@ -36,14 +36,13 @@ def evaluate_run(recipe: Recipe, directory: RunDir, screen: Screen, *, again: bo
         screen.say("evaluation is complete already")
         return None
     require_trained(directory)
-    conversations = test_conversations(directory)
     held = saved_in(directory.adapter).held if directory.adapter.exists() else None
     if held:
         screen.say(f"base and tuned model answer with the base held {held}")
     result = evaluate(
         lambda: _base_engine(recipe, directory),
         lambda: _tuned_engine(recipe, directory, screen),
-        conversations,
+        test_samples(directory),
         recipe.evaluate,
         probes=probes_of(recipe),
         progress=screen.evaluation_progress,
@@ -113,7 +112,7 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
         "objective": recipe.objective.kind,
         "data": [source.path for source in recipe.data.sources],
         "epochs": train.max_steps and f"{train.max_steps} steps" or train.epochs,
-        "learning rate": train.lr or recipe.method.default_lr,
+        "learning rate": recipe.lr,
         "batch size": train.batch_tokens and f"{train.batch_tokens} tokens" or train.batch_size,
         "seed": train.seed,
     }

@@ -182,9 +182,10 @@ def _plan_data(
     from ..plan.work import AverageLength
 
     if length is not None:
-        part = AverageLength(min(length, recipe.data.max_length), recipe.data.max_length)
+        pairs = recipe.objective.wants == "preference pair"
+        part = AverageLength(min(length, recipe.data.max_length), recipe.data.max_length, pairs=pairs)
         screen.say(f"lengths are not known: {length} tokens a sample on average are assumed")
-        yield batches_of(recipe, part), len(part) / samples if samples else 1.0
+        yield batches_of(recipe, part), (part.groups[-1] + 1) / samples if samples else 1.0
         return
     ready = open_prepared(directory.data)
     if ready is not None:

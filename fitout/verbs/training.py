@@ -127,7 +127,6 @@ def _train_model(
     backend.compute_in(kind, autocast=raised or not method.frozen_base)
     _require_context(model, recipe, report)
 
-    lr = recipe.train.lr or recipe.method.default_lr
     trained = count(trainable(model))
     whole = method.size(model)
     screen.say(f"{recipe.method.kind}: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2f} %)")
@@ -150,7 +149,7 @@ def _train_model(
         batches=batches,
         validation=validation,
         settings=recipe.train,
-        lr=lr,
+        lr=recipe.lr,
         total_steps=total,
         run=directory,
         identity=_identity(recipe, prepared, parts.base, kind),

@@ -13,7 +13,7 @@ from fitout.chat.render import open_chat
 from fitout.chat.types import Text
 from fitout.data import DataSettings
 from fitout.data.prepare import prepare, summary
-from fitout.data.prepare import test_conversations as held_out
+from fitout.data.prepare import test_samples as held_out
 from fitout.errors import CheckError, DataError
 from fitout.files import read_jsonl
 from fitout.model.load import SHELL
@@ -151,7 +151,7 @@ def test_a_truncated_sample_without_an_answer_is_quarantined(tmp_path, chat):
     path = write(tmp_path / "rows.jsonl", [*(question(n) for n in range(20)), long])
     run, _, report = made(tmp_path, chat, [{"path": path}], too_long="truncate")
     assert report["quarantined"] == {"nothing to train": 1}
-    assert report["reasons"] == {"nothing to train": {"no supervised token is left after the cut": 1}}
+    assert report["reasons"] == {"nothing to train": {"no token is supervised after the cut": 1}}
     assert read_jsonl(run.quarantine)[0]["line"] == 21
 
 

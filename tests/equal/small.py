@@ -12,11 +12,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fitout.chat.types import Origin, Tokens
 from fitout.data.batches import Batches
-from fitout.data.store import Part, write_part
+from fitout.data.store import Part, PartWriter, write_part
 from fitout.files import read_jsonl
 from fitout.model import methods
 from fitout.model.load import load_base
@@ -88,6 +89,22 @@ def part_of(folder: Path, ids, train_on, *, name: str = "train", groups=None) ->
 
 def random_part(folder: Path, count: int, *, seed: int = 0, name: str = "train", **how) -> Part:
     return part_of(folder, *random_samples(count, seed=seed, **how), name=name)
+
+
+def pair_part(folder: Path, count: int, *, seed: int = 0, name: str = "train", end: int | None = None) -> Part:
+    """Pairs over some prompts, short and long, each with two answers (which end with the token `end`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, last = np.random.default_rng(seed), [] if end is None else [end]
+    prompts = [draw.integers(3, 97, size) for size in (3, 9, 17, 24, 40)]
+    with PartWriter(folder / f"{name}.arrow") as writer:
+        for pair in range(count):
+            prompt = prompts[pair % len(prompts)]
+            for rejected in (False, True):
+                answer = [*draw.integers(3, 97, int(draw.integers(1, 12))), *last]
+                ids, train_on = [*prompt, *answer], b"\0" * len(prompt) + b"\1" * len(answer)
+                tokens = Tokens([int(i) for i in ids], train_on, Origin("pairs", pair + 1))
+                writer.add(pair, tokens, rejected=rejected)
+    return Part(folder / f"{name}.arrow")
 
 
 @cache

@@ -354,7 +354,7 @@ def test_vectors_do_not_decay():
 
 def scripted(monkeypatch, values):
     values = iter(values)
-    monkeypatch.setattr(loop, "mean_loss", lambda *_: next(values))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_: (next(values), {}))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from .alpaca import history
 from .openai import TURNS
 from .plug import Columns, Row, RowError, first_key, parsed, renamed, rest, text
 from .prompt_completion import PROMPTS
-from .turns import check_order, turn_list, with_system
+from .turns import check_order, read_tools, turn_list, with_system
 
 
 class Preference:
@@ -32,6 +32,7 @@ class Preference:
         "input",
         "history",
         "system",
+        "tools",
     )
 
     def matches(self, row: Row) -> bool:
@@ -51,8 +52,8 @@ class Preference:
             check_order([*prompt, answer])
         if chosen[-1] == rejected[-1]:
             raise RowError("`chosen` and `rejected` are the same")
-        meta = rest(row, {"chosen", "rejected", "system", *used})
-        return [Pair(tuple(prompt), chosen[-1], rejected[-1], origin, meta)]
+        meta = rest(row, {"chosen", "rejected", "system", "tools", *used})
+        return [Pair(tuple(prompt), chosen[-1], rejected[-1], origin, meta, read_tools(row.get("tools")))]
 
 
 def read_answer(value: Any, key: str) -> list[Message]:

@@ -1,0 +1,86 @@
+"""What the objectives of preference share: both answers' log-probabilities of one forward, and gradients through them.
+
+A pair's loss is a function of log p(chosen) and log p(rejected), so the slope of each target's cross-entropy is known
+only when all of them are. The head is therefore gone through twice, in chunks each time: for the cross-entropies, and,
+weighed by the slopes, for the gradients. What is differentiated is their weighed sum, which has the gradients of the
+loss; the decoder runs once, and the prompt of both answers is computed once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..layout import Layout
+from .base import Objective, predict
+
+FIGURES = ("reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected", "chosen_loss")
+
+
+class Preference(Objective):
+    """Mean over the pairs of a step. `figures`: how often the chosen answer has the greater reward, by how much, both
+    rewards (what each objective calls so), and the mean cross-entropy of the chosen answers' tokens.
+
+    `log_probs` (P, 2) are those of the pairs of the last layout: the chosen and the rejected answers' tokens, summed.
+    """
+
+    figures = FIGURES
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self.log_probs = torch.zeros(0, 2)
+
+    @abstractmethod
+    def judge(self, log_probs: Tensor, tokens: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (P,) and both rewards (P, 2) of pairs, from the log-probabilities (P, 2) of their answers of so many
+        `tokens` (P, 2), and those that the model gave them as training began."""
+
+    def units(self, layouts: Sequence[Layout]) -> float:
+        """Pairs."""
+        return float(sum(len(layout.preferences) for layout in layouts))
+
+    def loss(self, model: nn.Module, layout: Layout, total: float) -> Tensor:
+        predictions = predict(model, layout)
+        if not len(layout.preferences):  # what keeps ranks together
+            return predictions.weighed()[0] * 0.0
+        losses = predictions.losses().double()
+        trained = torch.is_grad_enabled()
+        with torch.enable_grad():
+            losses.requires_grad_()
+            log_probs, tokens = _of_answers(layout, losses)
+            references = torch.from_numpy(layout.references).to(losses.device)
+            each, rewards = self.judge(log_probs, tokens, references)
+            value = each.sum() / total
+            slopes = torch.autograd.grad(value, losses)[0].float() if trained else None
+        self.log_probs = log_probs.detach()
+        self._note(rewards.detach(), -(log_probs / tokens).detach()[:, 0])
+        value = value.detach().float()
+        if slopes is None:
+            return value
+        surrogate, _ = predictions.weighed(slopes)
+        return surrogate + (value - surrogate.detach())
+
+    def noted(self) -> list[float]:
+        sums, self._sums = self._sums, None
+        return super().noted() if sums is None else sums.tolist()
+
+    def _note(self, rewards: Tensor, chosen_loss: Tensor) -> None:
+        chosen, rejected = rewards.unbind(1)
+        each = (chosen > rejected, chosen - rejected, chosen, rejected, chosen_loss)
+        sums = torch.stack([one.double().sum() for one in each])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+
+def _of_answers(layout: Layout, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and tokens of each pair's answers, (P, 2) both, from the cross-entropies (N) of the targets."""
+    rows = layout.preferences.ravel()
+    order = np.argsort(rows)
+    place = order[np.searchsorted(rows, layout.target_sample, sorter=order)]
+    counts: Any = np.bincount(place, minlength=len(rows))
+    sums = losses.new_zeros(len(rows)).index_add(0, torch.from_numpy(place).to(losses.device), -losses)
+    return sums.view(-1, 2), torch.from_numpy(counts).to(losses).view(-1, 2)
