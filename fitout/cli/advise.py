@@ -16,6 +16,7 @@ import yaml
 from ..errors import RequestError
 from ..model import EMBEDDED
 from ..model.methods import METHODS
+from ..objectives import OrpoSettings
 from .look import LOOKED_AT, Base, Lengths, Seen, block, measure
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ KNOWLEDGE = (
     "invention grows (Gekhman et al., arXiv 2405.05904). Facts that change, or that must be right, belong into the "
     "prompt (retrieval). What helps here: the same fact asked in many ways, and plain texts trained on first."
 )
+OBJECTIVES = {
+    "sft": "only the answers are trained, the questions are context",
+    "pretrain": "every token is trained",
+    "orpo": "learns the chosen answers and prefers them; dpo and simpo are for a model that can answer already",
+}
 KINDS = {one.model_fields["kind"].default: one for one in METHODS}
 RANKS = {"form": 8, "labels": 8, "chat": 16, "knowledge": 32, "text": 32}
 SMALL_RATES = {"full": 3e-4, "lora": 3e-3, "dora": 3e-3, "qlora": 3e-3, "adapter": 1e-2, "sparse": 3e-3}
@@ -122,10 +128,9 @@ def advise(wishes: Wishes) -> Advice:
         Key("model", "base", _text(base.name), base.note),
         *(key for key in before if key.section == "data"),
         *_adapted(kind, why, aim),
-        Key("objective", "kind", "pretrain" if seen.plain else "sft",
-            "every token is trained" if seen.plain else "only the answers are trained, the questions are context"),
+        Key("objective", "kind", seen.objective, OBJECTIVES[seen.objective]),
         *(key for key in before if key.section == "train"),
-        *_rates(kind, base, plan, row),
+        *_rates(kind, seen, base, plan, row),
         *_evaluation(seen, base, aim, lengths, plan),
         _export(kind),
     ]  # fmt: skip
@@ -193,7 +198,7 @@ def _length_of_training(seen: Seen, lengths: Lengths | None) -> Iterator[Key]:
     size = next((size for size in (16, 8) if train / size >= 20), 4)
     steps = ceil(train / size)
     epochs = max(3, min(8, round(STEPS / steps)))
-    what = "blocks" if seen.plain else "samples"
+    what = "blocks" if seen.plain else "pairs" if seen.pairs else "samples"
     why = f"about {epochs * steps:,} steps; the weights kept are the best on the validation part, not the last"
     yield Key("train", "epochs", str(epochs), why)
     less = " (16 would make too few steps)" if size < 16 else ""
@@ -214,7 +219,7 @@ def _plan(wishes: Wishes, keys: list[Key], aim: str, lengths: Lengths | None) ->
     if base.shape is None:
         return None, [f"No plan: {base.note}. `fitout plan` says what fits once it can."]
     kind = _named(wishes) or "lora"
-    drawn = [*keys, *_adapted(kind, "", aim), Key("objective", "kind", "pretrain" if wishes.seen.plain else "sft")]
+    drawn = [*keys, *_adapted(kind, "", aim), Key("objective", "kind", wishes.seen.objective)]
     raw: dict[str, Any] = yaml.safe_load(draw("plan", drawn))
     raw["model"] = {"base": base.folder}
     guess: dict[str, Any] = (
@@ -290,7 +295,7 @@ def _adapted(kind: str, why: str, aim: str) -> Iterator[Key]:
         yield Key("method", "select", "gradient", "those whose gradients are largest on the first steps")
 
 
-def _rates(kind: str, base: Base, plan: Plan | None, row: Row | None) -> Iterator[Key]:
+def _rates(kind: str, seen: Seen, base: Base, plan: Plan | None, row: Row | None) -> Iterator[Key]:
     if base.small:
         lr, why = SMALL_RATES[kind], "small models take large rates: about what did best on the embedded model"
     else:
@@ -298,6 +303,8 @@ def _rates(kind: str, base: Base, plan: Plan | None, row: Row | None) -> Iterato
         why = {"full": "the usual rate for all weights"}.get(kind, "the usual rate; ten times that of full fine-tuning")
         if kind in ("adapter", "sparse"):
             why = "a beginning"
+    if seen.pairs:
+        lr, why = lr * OrpoSettings.pace, "a smaller one than to learn answers alone, as in the paper"
     yield Key("train", "lr", f"{lr:.1e}", f"{why}; `fitout compare` tries others beside it")
     here = f"; here {plan.chosen.precision}" if plan else ""
     yield Key("train", "precision", "auto", f"bf16 where it pays, else fp32{here}")

@@ -35,6 +35,7 @@ class Seen:
     labels: tuple[str, ...]
     answer_characters: float  # of a middling answer
     characters: float  # of an average sample
+    pairs: bool = False  # a chosen and a rejected answer each
 
     @property
     def stem(self) -> str:
@@ -45,6 +46,11 @@ class Seen:
     @property
     def plain(self) -> bool:
         return self.form == "text"
+
+    @property
+    def objective(self) -> str:
+        """What trains on such samples."""
+        return "pretrain" if self.plain else "orpo" if self.pairs else "sft"
 
     def told(self) -> str:
         bad = f"; {self.bad:,} bad rows go to quarantine (`fitout data check` names them)" if self.bad else ""
@@ -69,7 +75,7 @@ class Base:
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of the first samples: the longest, what 99 % stay under, and the same of their trained tokens. `too_long`
-    are those that the model has no positions for, `rows` all that would be trained (a text gives several)."""
+    are those that the model has no positions for, `rows` all that would be trained (a text gives several blocks)."""
 
     samples: int
     rows: int
@@ -80,15 +86,15 @@ class Lengths:
 
 
 def look_at_data(path: str) -> Seen:
-    """Reads every row of a file, a folder or a hub id. Raises DataError when nothing is there, the form is not known,
-    or nothing trains on it."""
+    """Reads every row of a file, a folder or a hub id. Raises DataError when nothing is there, or the form is not
+    known."""
     from ..chat.types import Pair, Text
     from ..data.formats import Refused, choose, convert
     from ..data.sources import RawRow, named, probe, read
 
     source = named(path)
     plug = choose(probe(source, Path()), where=path)
-    samples = bad = characters = 0
+    samples = bad = characters = pairs = 0
     answers: Counter[str] = Counter()
     sizes = []
     for row in read(source, Path()):
@@ -100,15 +106,13 @@ def look_at_data(path: str) -> Seen:
                 bad += 1
                 continue
             samples += 1
-            if isinstance(sample, Pair):
-                raise DataError(
-                    "these are preference pairs, and no objective trains on them yet",
-                    where=path,
-                    hint="Give questions with one answer each, or plain text.",
-                )
             if isinstance(sample, Text):
                 characters += len(sample.text)
             else:
+                if isinstance(sample, Pair):
+                    pairs += 1
+                    sample, other = sample.answered
+                    characters += len(other.messages[-1].content)
                 answer = sample.messages[-1].content
                 characters += sum(len(message.content) for message in sample.messages)
                 if samples <= LOOKED_AT:
@@ -120,8 +124,14 @@ def look_at_data(path: str) -> Seen:
     few = 2 <= len(answers) <= min(MOST_LABELS, samples / 5)
     labels = tuple(label for label, _ in answers.most_common() if label) if few else ()
     middling = median(sizes) if sizes else 0.0
+    if 0 < pairs < samples:
+        raise DataError(
+            f"{pairs:,} of {samples:,} samples are preference pairs, the others are not",
+            where=path,
+            hint="Give each kind a file of its own.",
+        )
     lasting = path if HUB_ID.fullmatch(path) else str(Path(path).expanduser().resolve())
-    return Seen(lasting, plug.name, samples, bad, labels, middling, characters / samples)
+    return Seen(lasting, plug.name, samples, bad, labels, middling, characters / samples, pairs > 0)
 
 
 def look_at_model(name: str) -> Base:
@@ -179,7 +189,7 @@ def measure(seen: Seen, base: Base) -> Lengths | None:
             "split": {"train": 1, "validation": 0, "test": 0},
             "max_length": block(limit) if seen.plain else limit,
         },
-        "objective": {"kind": "pretrain" if seen.plain else "sft"},
+        "objective": {"kind": seen.objective},
     }
     with tempfile.TemporaryDirectory(prefix="fitout-init-") as folder:
         try:
@@ -190,7 +200,7 @@ def measure(seen: Seen, base: Base) -> Lengths | None:
         trained = [int(part.train_on(row).sum()) for row in range(len(part))]
         return Lengths(
             samples=view.report["kept"]["train"],
-            rows=len(part),
+            rows=len(np.unique(part.groups)),
             longest=int(part.lengths.max()),
             most=int(np.quantile(part.lengths, 0.99, method="higher")),
             answers=int(np.quantile(trained, 0.99, method="higher")),

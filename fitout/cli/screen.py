@@ -230,7 +230,7 @@ class TrainingBar:
         elif event == "evaluated":
             best = " (best)" if row["best"] else ""
             accuracy = row.get("figures", {}).get("reward_accuracy")
-            told = "" if accuracy is None else f", prefers the chosen answer in {100 * accuracy:.0f} %"
+            told = "" if accuracy is None else f", reward accuracy {100 * accuracy:.0f} %"
             self.screen.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}{told}{best}")
         elif event == "referred":
             self.screen.say(f"what the model gives {row['pairs']:,} pairs as training begins: {row['seconds']:.0f} s")

@@ -57,6 +57,11 @@ class Batches:
         self._epoch_starts = [0]  # the first step of each epoch, as far as it was needed
         self._lock = RLock()  # of what is found out step by step
 
+    @property
+    def examples(self) -> int:
+        """What `batch_size` counts: conversations, pairs, or blocks of a text."""
+        return len(self._examples)
+
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of each step of an epoch."""
         with self._lock:

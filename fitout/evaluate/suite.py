@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from ..chat.types import Conversation, Message, Pair
@@ -252,12 +252,11 @@ def ask(conversations: Sequence[Conversation | Pair], settings: EvaluateSettings
     asked: list[Question] = []
     skipped: Counter[str] = Counter()
     for conversation in conversations:
-        pair = isinstance(conversation, Pair)
-        turn = _question(conversation.answered[0] if pair else conversation, settings)
+        turn = _question(conversation, settings)
         if isinstance(turn, str):
             skipped[turn] += 1
         else:
-            asked.append(replace(turn, rejected=conversation.rejected.content) if pair else turn)
+            asked.append(turn)
     beyond = max(0, len(asked) - (settings.limit or len(asked)))
     if beyond:
         import numpy as np
@@ -267,8 +266,11 @@ def ask(conversations: Sequence[Conversation | Pair], settings: EvaluateSettings
     return Questions(tuple(asked), len(conversations), dict(skipped), beyond)
 
 
-def _question(conversation: Conversation, settings: EvaluateSettings) -> Question | str:
-    """The question in a conversation, or the reason why there is none."""
+def _question(conversation: Conversation | Pair, settings: EvaluateSettings) -> Question | str:
+    """The question in a conversation or a pair, or the reason why there is none."""
+    rejected = ""
+    if isinstance(conversation, Pair):
+        rejected, (conversation, _) = conversation.rejected.content, conversation.answered
     messages = conversation.messages
     turns = [at for at, message in enumerate(messages) if message.role == "assistant" and message.train]
     if not turns:
@@ -284,6 +286,7 @@ def _question(conversation: Conversation, settings: EvaluateSettings) -> Questio
         prompt=messages[:last],
         reference=messages[last].content,
         origin=str(conversation.origin),
+        rejected=rejected,
         choices=tuple(map(str, choices)),
         tools=conversation.tools,
         meta=conversation.meta,
@@ -440,8 +443,8 @@ def score(
         one_label_set=bool(settings.choices) or not any(question.choices for question in asked),
     )
     if known := [row for row, both in enumerate(zip(base.prefers, tuned.prefers, strict=True)) if None not in both]:
-        prefers = ([float(bool(one.prefers[row])) for row in known] for one in (base, tuned))
-        found.insert(0, mean_measure("preference", *prefers, "mean log-probability of a token", rows=known))
+        before, after = ([float(bool(one.prefers[row])) for row in known] for one in (base, tuned))
+        found.insert(0, mean_measure("preference", before, after, "mean log-probability of a token", rows=known))
     base_rows, tuned_rows = row_scores(found, len(asked))
     return EvaluationResult(
         scores=[compare(measure, settings.samples, settings.seed) for measure in found],

@@ -69,7 +69,7 @@ def work_of(
         steps_per_epoch=per_epoch / share,
         total_steps=max_steps or round(total / share),
         longest=int(batches.part.lengths.max()),
-        samples=round(len(batches.part) / share),
+        samples=round(batches.examples / share),
     )
 
 

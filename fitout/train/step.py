@@ -75,7 +75,7 @@ def train_step(
         _update(optimizer, backend, finite)
         optimizer.zero_grad(set_to_none=True)
     figures = _averages(objective, noted, total)
-    return StepResult(loss_sum, norm, finite, *map(int, (tokens, supervised, pairs, filled)), figures)
+    return StepResult(loss_sum, norm, finite, int(tokens), int(supervised), int(pairs), int(filled), figures)
 
 
 def _averages(objective: Objective, noted: Sequence[float], total: float) -> dict[str, float]:

@@ -215,11 +215,24 @@ def test_wishes_that_do_not_go_together(words, said, tmp_path):
     assert done.code == 2 and said in done.err and not (tmp_path / "recipe.yaml").exists()
 
 
-def test_preference_pairs_are_refused_now_not_later(tmp_path):
+def test_preference_pairs_get_a_recipe_that_runs(tmp_path):
     row = {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}
-    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    pairs = [row | {"prompt": f"Hi, I am number {number}."} for number in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in pairs))
     done = fitout("init", "pairs.jsonl", cwd=tmp_path)
-    assert done.code == 2 and "preference pairs" in done.err
+    assert done.code == 0, done.err
+    made = load(tmp_path / "recipe.yaml", [])
+    assert made.objective.kind == "orpo" and made.train.lr == pytest.approx(0.4 * lr_of_answers(tmp_path, pairs))
+    done = fitout("train", "recipe.yaml", "--set", "train.max_steps=2", cwd=tmp_path)
+    assert done.code == 0, done.err
+
+
+def lr_of_answers(folder, pairs):
+    """The rate for the chosen answers alone."""
+    alone = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    (folder / "alone.jsonl").write_text("".join(json.dumps(one) + "\n" for one in alone))
+    assert fitout("init", "alone.jsonl", "--to", "alone.yaml", cwd=folder).code == 0
+    return load(folder / "alone.yaml", []).train.lr
 
 
 def test_bad_rows_are_counted(tmp_path):

@@ -134,8 +134,7 @@ def test_llama_factory_methods(tmp_path, changes, method):
 
 def test_what_llama_factory_has_and_we_do_not_is_named(tmp_path):
     changes = {
-        "stage": "dpo",
-        "pref_beta": 0.1,
+        "stage": "kto",
         "galore_rank": 8,
         "quantization_bit": 8,
         "dataset": "ranked,pictures,absent",
@@ -147,7 +146,6 @@ def test_what_llama_factory_has_and_we_do_not_is_named(tmp_path):
     carried, recipe = made(tmp_path, LF | changes)
     assert left(carried) == {
         "stage",
-        "pref_beta",
         "galore_rank",
         "quantization_bit",
         "dataset_info.json: pictures",
@@ -161,6 +159,34 @@ def test_what_llama_factory_has_and_we_do_not_is_named(tmp_path):
     assert recipe.data.sources[0].columns == {"instruction": "q", "chosen": "good", "rejected": "bad"}
     text = (tmp_path / "recipe.yaml").read_text()
     assert all(f"# not carried over: {key}: " in text for key in left(carried))
+
+
+@pytest.mark.parametrize(
+    ("changes", "objective"),
+    [
+        ({"stage": "dpo"}, {"kind": "dpo", "beta": 0.1}),
+        ({"stage": "dpo", "pref_loss": "orpo", "pref_beta": "0.2"}, {"kind": "orpo", "beta": 0.2}),
+        ({"stage": "dpo", "pref_loss": "simpo", "pref_beta": 2}, {"kind": "simpo", "beta": 2.0, "gamma": 0.5}),
+    ],
+)
+def test_llama_factory_on_pairs(tmp_path, changes, objective):
+    carried, recipe = made(tmp_path, LF | {"dataset": "ranked"} | changes)
+    assert recipe.objective.model_dump() == objective and not carried.left
+    carried = carry_over_of(tmp_path, LF | {"stage": "dpo", "pref_loss": "ipo", "adapter_name_or_path": "there"})
+    assert "pref_loss" in left(carried) and "its adapter included" in " ".join(carried.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "objective"),
+    [
+        ({"rl": "dpo", "rl_beta": 0.3}, {"kind": "dpo", "beta": 0.3}),
+        ({"rl": "orpo", "orpo_alpha": 0.2}, {"kind": "orpo", "beta": 0.2}),
+        ({"rl": "simpo", "rl_beta": 2, "simpo_gamma": 0.7}, {"kind": "simpo", "beta": 2.0, "gamma": 0.7}),
+    ],
+)
+def test_axolotl_on_pairs(tmp_path, changes, objective):
+    carried, recipe = made(tmp_path, AX | changes)
+    assert recipe.objective.model_dump() == objective and not carried.left
 
 
 def test_interleaved_sources_are_shares(tmp_path):
@@ -189,7 +215,7 @@ def test_axolotl_other_forms(tmp_path):
     raw = AX | {
         "adapter": None,
         "datasets": datasets[:1],
-        "rl": "dpo",
+        "rl": "kto",
         "deepspeed": "ds.json",
         "early_stopping_patience": 3,
     }

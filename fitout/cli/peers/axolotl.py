@@ -83,8 +83,6 @@ AXOLOTL: dict[str, Take] = SHARED | {
     "special_tokens": because("the tokenizer's own are used; chat: {add_tokens: true} adds the template's"),
     "tokens": because("the tokenizer's own are used"),
     "tokenizer_type": because("the tokenizer is loaded as its folder says"),
-    "rl": because(PREFERENCE),
-    "dpo_beta": because(PREFERENCE),
     "reward_model": because(PREFERENCE),
     "hub_model_id": because("`fitout export` writes a folder; uploading is yours"),
     "plugins": because("plugins of other tools are not run"),
@@ -96,7 +94,7 @@ AXOLOTL: dict[str, Take] = SHARED | {
 AXOLOTL_TOGETHER = {
     "adapter", "load_in_4bit", "peft_use_dora", "chat_template", "chat_template_jinja", "datasets",
     "test_datasets", "pretraining_dataset", "val_set_size", "micro_batch_size", "gradient_accumulation_steps",
-    "output_dir", "batch_size", "adam_beta1", "adam_beta2",
+    "output_dir", "batch_size", "adam_beta1", "adam_beta2", "rl", "rl_beta", "dpo_beta", "orpo_alpha", "simpo_gamma",
 }  # fmt: skip
 
 
@@ -133,6 +131,8 @@ def from_axolotl(raw: dict[str, Any], path: Path) -> Carried:
         carried.put("train.batch_size", int(as_number(raw["batch_size"]) or 16))
     else:
         batch(raw.get("micro_batch_size", 1), raw.get("gradient_accumulation_steps", 1), carried)
+    if raw.get("rl"):
+        axolotl_preference(raw, carried)
     plain = raw.get("pretraining_dataset")
     if plain:
         carried.put("objective.kind", "pretrain")
@@ -147,6 +147,19 @@ def from_axolotl(raw: dict[str, Any], path: Path) -> Carried:
     carried.recipe["data"]["sources"] = sources or [{"path": "DATA"}]
     split(raw.get("val_set_size"), raw.get("test_datasets"), "val_set_size", carried)
     return carried
+
+
+def axolotl_preference(raw: dict[str, Any], carried: Carried) -> None:
+    kind = raw["rl"]
+    if kind not in ("dpo", "orpo", "simpo"):
+        carried.leave("rl", kind, PREFERENCE)
+        return
+    betas = {"orpo": ("orpo_alpha",)}.get(kind, ("rl_beta", "dpo_beta"))
+    beta = next((found for key in betas if (found := as_number(raw.get(key)))), 0.1)
+    carried.put("objective", {"kind": kind, "beta": beta})
+    gamma = as_number(raw.get("simpo_gamma"))
+    if kind == "simpo" and gamma is not None:
+        carried.put("objective.gamma", gamma)
 
 
 AXOLOTL_FORMATS = {

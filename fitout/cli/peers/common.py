@@ -167,7 +167,8 @@ OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-PREFERENCE = "preference and reward objectives are not there yet"
+PREFERENCE = "objectives on pairs are orpo, dpo and simpo; there is no reward model"
+REFERENCE = "the reference is the model as training begins"
 MEDIA = "training on more than text is not there yet"
 
 SHARED: dict[str, Take] = {

@@ -10,6 +10,7 @@ from .common import (
     MEDIA,
     OPTIMIZERS,
     PREFERENCE,
+    REFERENCE,
     SCHEDULES,
     SHARED,
     Carried,
@@ -73,12 +74,10 @@ LLAMA_FACTORY: dict[str, Take] = SHARED | {
     "use_unsloth": because("other kernels are not used"),
     "tokenized_path": because("data prepared by another tool are not read"),
     "predict_with_generate": because("`fitout evaluate` generates in any case"),
-    "pref_beta": because(PREFERENCE),
-    "pref_loss": because(PREFERENCE),
-    "pref_ftx": because(PREFERENCE),
+    "pref_ftx": because("of the objectives on pairs only orpo learns the chosen answers too"),
     "kto_chosen_weight": because(PREFERENCE),
     "reward_model": because(PREFERENCE),
-    "ref_model": because(PREFERENCE),
+    "ref_model": because(REFERENCE),
     "image_max_pixels": because(MEDIA),
     "video_max_pixels": because(MEDIA),
     "freeze_vision_tower": because(MEDIA),
@@ -89,7 +88,7 @@ LLAMA_FACTORY_TOGETHER = {
     "stage", "finetuning_type", "quantization_bit", "quantization_method", "use_dora", "template", "dataset",
     "dataset_dir", "eval_dataset", "val_size", "max_samples", "per_device_train_batch_size",
     "gradient_accumulation_steps", "output_dir", "adapter_name_or_path", "freeze_trainable_layers",
-    "mix_strategy", "interleave_probs", "adam_beta1", "adam_beta2",
+    "mix_strategy", "interleave_probs", "adam_beta1", "adam_beta2", "pref_loss", "pref_beta", "simpo_gamma",
 }  # fmt: skip
 
 
@@ -108,6 +107,8 @@ def from_llama_factory(raw: dict[str, Any], path: Path) -> Carried:
     stage = raw.get("stage", "sft")
     if stage == "pt":
         carried.put("objective.kind", "pretrain")
+    elif stage == "dpo":
+        llama_factory_preference(raw, carried)
     elif stage != "sft":
         carried.leave("stage", stage, PREFERENCE)
     template(raw.get("template"), "template", carried)
@@ -122,6 +123,20 @@ def from_llama_factory(raw: dict[str, Any], path: Path) -> Carried:
     carried.recipe["data"]["sources"] = llama_factory_sources(raw, path, carried)
     split(raw.get("val_size"), raw.get("eval_dataset"), "val_size", carried)
     return carried
+
+
+def llama_factory_preference(raw: dict[str, Any], carried: Carried) -> None:
+    kinds = {"sigmoid": "dpo", "orpo": "orpo", "simpo": "simpo"}
+    loss = raw.get("pref_loss", "sigmoid")
+    kind = kinds.get(loss, "dpo")
+    if loss not in kinds:
+        carried.leave("pref_loss", loss, f"known here are {', '.join(kinds)}")
+    carried.put("objective", {"kind": kind, "beta": as_number(raw.get("pref_beta")) or 0.1})
+    if kind == "simpo":
+        gamma = as_number(raw.get("simpo_gamma"))
+        carried.put("objective.gamma", 0.5 if gamma is None else gamma)
+    if kind == "dpo" and raw.get("adapter_name_or_path"):
+        carried.notes.append(f"{REFERENCE}, its adapter included; there it is the base without the adapter")
 
 
 def llama_factory_method(raw: dict[str, Any], carried: Carried) -> None:
