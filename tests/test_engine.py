@@ -507,6 +507,8 @@ def test_choices_have_the_log_probability_of_a_plain_forward(engine, monkeypatch
                 assert torch.tensor(tokens.ids[1:])[trained][-1] in engine.chat.stop_ids
                 expected = plain_log_probs(engine.model, tokens.ids)[trained].sum().item()
                 assert score == pytest.approx(expected, abs=1e-4)
+                [[mean]] = engine.choose([question], [choice], mean=True)
+                assert mean == pytest.approx(expected / int(trained.sum()), abs=1e-4)
 
 
 def test_likelihoods_where_long_rows_are_turned_otherwise(chat, monkeypatch):

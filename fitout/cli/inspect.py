@@ -90,7 +90,11 @@ def show_xray(view: Xray, row: int | None, rows: int, html: Path | None, screen:
         raise RequestError(f"--row {row}: the training part has {len(view.part):,} rows")
     part = view.part
     shown = [
-        Row(n, str(part.origin(n - 1)), pieces(view.chat, part.ids(n - 1), part.train_on(n - 1), part.cut(n - 1)))
+        Row(
+            n,
+            str(part.origin(n - 1)) + ", the rejected answer" * bool(part.rejected[n - 1]),
+            pieces(view.chat, part.ids(n - 1), part.train_on(n - 1), part.cut(n - 1)),
+        )
         for n in numbers
     ]
     figures = _figures(view.report)

@@ -3,6 +3,7 @@ trainings equal TRL's, an interrupted one, and one of other micro-batches."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from fitout.train.listeners import JsonLog
 from fitout.train.loop import fit
 from tests.conftest import tiny_llama
 
-from .small import CPU, METHODS_UNDER_TEST, adapted, events, job_of, losses, pair_part, train, trained_tensors
+from .small import CPU, METHODS_UNDER_TEST, adapted, call, events, job_of, losses, pair_part, train, trained_tensors
 
 OBJECTIVES = {
     "orpo": OrpoSettings(beta=0.3),
@@ -257,3 +258,38 @@ def test_a_pair_is_never_parted(tmp_path):
                     pairs = sum(len(layout.preferences) for layout in every)
                     assert pairs == len(batches.rows(step)) // 2
                     assert len(batches.rows(step)) // 2 == (8 if step < 3 else 6)
+
+
+PAIRS = """\
+name: pairs
+model: {base: "embedded:shell"}
+data: {sources: [{path: pairs.jsonl}], max_length: 64}
+method: {kind: lora, rank: 4, alpha: 8}
+objective: {kind: dpo, beta: 0.3}
+train: {max_steps: 4, batch_size: 6, lr: 1.0e-4, precision: fp32, evaluate_every: 2, listeners: []}
+"""
+
+
+def test_two_ranks_and_a_divided_model_train_as_one_process(tmp_path):
+    """The reference too is computed by all ranks; a rank may have no pair in a step."""
+    with open(tmp_path / "pairs.jsonl", "w") as file:
+        for i in range(60):
+            pair = {"prompt": f"What is {i} plus {i % 7}?", "chosen": str(i + i % 7), "rejected": "I cannot say."}
+            file.write(json.dumps(pair) + "\n")
+    (tmp_path / "recipe.yaml").write_text(PAIRS)
+    told = {}
+    for name, ranks, how in (("one", 1, "auto"), ("two", 2, "ddp"), ("divided", 2, "fsdp")):
+        more = [
+            "--set",
+            f"train.parallel={how}",
+            "--set",
+            "train.micro_batch_tokens=" + ("4096" if ranks == 1 else "64"),
+        ]
+        call("train", tmp_path / "recipe.yaml", "--out", tmp_path / name, *more, ranks=ranks)
+        rows = [row for row in read_jsonl(tmp_path / name / "log.jsonl") if "figures" in row]
+        told[name] = [[row.get("loss", row.get("validation_loss")), *row["figures"].values()] for row in rows]
+    assert len(told["one"]) == 4 + 3 and told["one"][0][0] == pytest.approx(np.log(2))
+    assert told["one"][-1][0] < 0.68
+    for name in ("two", "divided"):
+        for mine, theirs in zip(told[name], told["one"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)

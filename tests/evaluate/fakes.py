@@ -30,7 +30,7 @@ class FakeEngine:
         self.calls.append(("complete", list(prompts), max_new_tokens))
         return [Said(self.plain.get(prompt, "")) for prompt in prompts]
 
-    def choose(self, conversations, choices, *, tools=()):
+    def choose(self, conversations, choices, *, mean=False, tools=()):
         self.calls.append(("choose", [messages[-1].content for messages in conversations], choices))
         return [
             [self.likes.get((messages[-1].content, label), -9.0) for label in row]

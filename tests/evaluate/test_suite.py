@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fitout.chat.types import Conversation, Message, Origin
+from fitout.chat.types import Conversation, Message, Origin, Pair
 from fitout.errors import RequestError
 from fitout.evaluate import EvaluateSettings
 from fitout.evaluate.suite import ask, evaluate
@@ -41,6 +41,33 @@ def test_base_against_tuned():
     notes = " ".join(result.notes)
     assert "ran into the limit of 256 tokens in 1 of 4" in notes and "2 empty answers of 4" in notes
     json.dumps(result.as_dict())
+
+
+def test_pairs_are_asked_and_say_which_answer_is_the_likelier():
+    """Of four pairs the base prefers one chosen answer, the tuned model three; a fifth sample is no pair."""
+    good, bad = ["Tokyo", "Paris", "Lima", "Nairobi"], "Atlantis"
+    pairs = [
+        Pair((Message("user", question),), Message("assistant", answer), Message("assistant", bad), Origin("p", at))
+        for at, (question, answer) in enumerate(zip(CAPITALS, good, strict=True), 1)
+    ]
+
+    class Context(FakeEngine):
+        def choose(self, conversations, choices, *, mean=False, tools=()):
+            if mean and conversations[0][-1].content == "Peru?" and self.says == {}:
+                raise RequestError("too long for this context")
+            return super().choose(conversations, choices, mean=mean)
+
+    base = FakeEngine({"Japan?": bad}, likes={("Japan?", "Tokyo"): -1.0, ("France?", bad): -1.0})
+    tuned = FakeEngine(CAPITALS, likes={(q, a): -1.0 for q, a in list(CAPITALS.items())[:3]})
+    result = evaluate(base, tuned, [*pairs, asked("Spain?", "Madrid")], EvaluateSettings(samples=200))
+    preference = next(score for score in result.scores if score.name == "preference")
+    assert (preference.base.value, preference.tuned.value, preference.base.n) == (25, 75, 4)
+    assert [row["tuned_scores"].get("preference") for row in result.rows] == [100, 100, 100, 0, None]
+    exact = next(score for score in result.scores if score.name == "exact_match")
+    assert exact.tuned.value == 80 and result.rows[0]["reference"] == "Tokyo"
+
+    result = evaluate(Context(), tuned, pairs, EvaluateSettings(samples=200))
+    assert next(score for score in result.scores if score.name == "preference").base.n == 3
 
 
 def test_the_last_supervised_turn_is_asked_with_what_was_said_before():
