@@ -1,4 +1,4 @@
-"""Preference pairs on their way to the store: both answers rendered as conversations are, no pair parted, all counted."""
+"""Preference pairs on their way to the store: both answers rendered as conversations are, none parted, all counted."""
 
 from __future__ import annotations
 
