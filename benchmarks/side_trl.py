@@ -1,6 +1,7 @@
 """A peer's side, one process: `python -m benchmarks.side_trl FOLDER OUT OPTIONS`, with OPTIONS as `key=value,...`:
 
 trainer=trl   TRL's SFTTrainer; `plain` is transformers' Trainer with peft and a padding collator
+ref=0     of DPO, 1: the reference's log-probabilities are computed before the training (precompute_ref_log_probs)
 per=8     examples a device batch; gradient accumulation makes a step of them
 recompute=1   activation checkpointing (TRL's default)
 sort=0    examples of a step sorted by length (the step's set stays the same), so that less is padding
@@ -23,7 +24,7 @@ from .work import ALPHA, SEED, hash_step, peak_mb
 
 DEFAULT = {
     "trainer": "trl", "per": "8", "recompute": "1", "sort": "0", "free": "0", "liger": "0", "base": "fp32",
-    "onednn": "0",
+    "onednn": "0", "ref": "0",
 }  # fmt: skip
 
 
@@ -74,9 +75,13 @@ def training(folder: Path, work: dict[str, Any], options: dict[str, str]) -> dic
 def _trainer(folder: Path, work: dict[str, Any], options: dict[str, str]) -> tuple[Any, Any, list[dict[str, Any]]]:
     from datasets import Dataset
 
-    steps = read_steps(folder, sort=options["sort"] == "1")
+    steps = read_steps(folder, sort=options["sort"] == "1", pairs=work["data"] == "dpo")
     rows = [row for step in steps for row in step]
-    data = Dataset.from_dict({"input_ids": [r["ids"] for r in rows], "completion_mask": [r["mask"] for r in rows]})
+    if work["data"] == "dpo":
+        [options["after"]] = {row["mask"][::-1].index(1) for row in rows}
+        data = Dataset.from_list([_pair(*two) for two in zip(rows[::2], rows[1::2], strict=True)])
+    else:
+        data = Dataset.from_dict({"input_ids": [r["ids"] for r in rows], "completion_mask": [r["mask"] for r in rows]})
     common = {
         **training(folder, work, options),
         "gradient_checkpointing": options["recompute"] == "1",
@@ -85,7 +90,7 @@ def _trainer(folder: Path, work: dict[str, Any], options: dict[str, str]) -> tup
     }
     watch = stopwatch()
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[options["base"]]
-    make = _plain if options["trainer"] == "plain" else _trl
+    make = _dpo if work["data"] == "dpo" else _plain if options["trainer"] == "plain" else _trl
     lora = _lora(work["rank"]) if work["method"] == "lora" else None
     trainer = make(folder, common, options, data, lora, dtype, watch)
     if work["method"] == "lora":
@@ -101,10 +106,29 @@ def _lora(rank: int) -> Any:
     )  # fmt: skip
 
 
-def read_steps(folder: Path, *, sort: bool) -> list[list[dict[str, list[int]]]]:
-    """The rows of each step, by length where that is asked."""
+def read_steps(folder: Path, *, sort: bool, pairs: bool = False) -> list[list[dict[str, list[int]]]]:
+    """The rows of each step, by length where that is asked; of pairs two by two, by the longer answer's."""
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-    return [sorted(step, key=lambda row: len(row["ids"])) for step in steps] if sort else steps
+    if not sort:
+        return steps
+    size = 2 if pairs else 1
+    return [
+        [row for group in sorted(_groups(step, size), key=lambda group: max(len(row["ids"]) for row in group))
+         for row in group]
+        for step in steps
+    ]  # fmt: skip
+
+
+def _groups(rows: list[Any], size: int) -> list[list[Any]]:
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+
+def _pair(chosen: dict[str, list[int]], rejected: dict[str, list[int]]) -> dict[str, Any]:
+    """What DPOTrainer's own preparation makes of a pair; the texts are looked at and not used."""
+    begin = chosen["mask"].index(1)
+    ids = {"prompt_ids": chosen["ids"][:begin], "chosen_ids": chosen["ids"][begin:],
+           "rejected_ids": rejected["ids"][begin:]}  # fmt: skip
+    return {"prompt": "", "chosen": "", "rejected": "", **ids}
 
 
 def stopwatch() -> Any:
@@ -159,6 +183,44 @@ def _trl(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype: s
     )
 
 
+def _dpo(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype: str, watch: Any) -> Any:
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    class AsTrained(DataCollatorForPreference):
+        """What the template writes after the end of a turn is not trained here."""
+
+        def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = super().torch_call(examples)
+            for mask in batch["completion_mask"]:
+                end = int(mask.nonzero().max()) + 1
+                mask[end - options["after"] : end] = 0
+            return batch
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+
+    class Prepared(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    return Prepared(
+        model=str(folder / "base"),
+        args=DPOConfig(
+            **common,
+            beta=0.1,
+            max_length=None,
+            precompute_ref_log_probs=options["ref"] == "1",
+            model_init_kwargs={"dtype": dtype},
+        ),
+        train_dataset=data,
+        data_collator=AsTrained(pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[watch],
+    )
+
+
 def _plain(folder: Path, common: Any, options: Any, data: Any, lora: Any, dtype: str, watch: Any) -> Any:
     """What one writes without TRL: labels by hand, padded to the longest of the device batch."""
     import torch
@@ -206,7 +268,8 @@ def record_batches(trainer: Any) -> list[dict[str, Any]]:
 
     def collate(examples: Any) -> dict[str, Any]:
         batch = original(examples)
-        seen.append({k: batch[k] for k in ("input_ids", "labels", "attention_mask", "position_ids") if k in batch})
+        kept = ("input_ids", "labels", "completion_mask", "attention_mask", "position_ids")
+        seen.append({k: batch[k] for k in kept if k in batch})
         return batch
 
     trainer.data_collator = collate
@@ -216,7 +279,8 @@ def record_batches(trainer: Any) -> list[dict[str, Any]]:
 def _hash(batches: list[dict[str, Any]]) -> str:
     rows = []
     for batch in batches:
-        ids, labels = batch["input_ids"], batch["labels"]
+        ids = batch["input_ids"]
+        labels = batch["labels"] if "labels" in batch else batch["completion_mask"] * 101 - 100  # of DPO
         if "attention_mask" in batch:
             lengths = batch["attention_mask"].sum(1).tolist()
             pairs = [(i[:n], la[:n]) for i, la, n in zip(ids, labels, lengths, strict=True)]

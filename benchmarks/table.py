@@ -31,7 +31,7 @@ PREPARED = {
 DATA = {
     "alpaca": "Alpaca rows", "gsm8k": "GSM8K rows", "blocks": "full blocks of 1,024",
     "shared": "eight answers a prompt", "pairs": "both answers of preference pairs",
-    "lengths": "rows of Alpaca lengths", "words": "full blocks",
+    "dpo": "preference pairs, DPO", "lengths": "rows of Alpaca lengths", "words": "full blocks",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ SHELL = Path(__file__).parents[1] / "fitout" / "demo" / "shell"  # its tokenizer
 ALPHA, SEED = 32, 0
 LR = {"lora": 2e-4, "full": 2e-5}
 PROMPT, ANSWER, ANSWERS = 384, 128, 8  # tokens, tokens, answers to one prompt: the rows of `shared`
-BATCH = {"alpaca": 16, "gsm8k": 16, "shared": 8, "pairs": 16, "lengths": 64, "words": 16}  # examples a step
+BATCH = {"alpaca": 16, "gsm8k": 16, "shared": 8, "pairs": 16, "dpo": 8, "lengths": 64, "words": 16}  # examples a step
 STEP = {"blocks": 4096}  # tokens a step, at least one block
 TEXTS = ("blocks", "words")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -156,7 +156,7 @@ def _make_recipe(
             "max_length": length,
         },
         "method": {"kind": "full"},
-        "objective": {"kind": "pretrain" if data in TEXTS else "sft"},
+        "objective": {"kind": "pretrain" if data in TEXTS else "dpo" if data == "dpo" else "sft"},
         "train": {
             "max_steps": steps, "lr": LR[method], "schedule": "constant", "warmup": 0, "batch_size": batch,
             "clip": 1.0, "precision": precision, "seed": SEED, "save_every": 1_000_000, "listeners": [],
@@ -184,11 +184,16 @@ def _source(data: str, folder: Path) -> dict[str, Any]:
     if data == "words":
         (folder / "words.txt").write_text(" ".join(_words(2_000_000)))
         return {"path": str(folder / "words.txt"), "format": "text"}
+    if data == "dpo":
+        return {"path": _write(folder, ("prompt", "chosen", "rejected"), _questions()), "format": "preference"}
     made = {"lengths": _alpaca_lengths, "pairs": _pairs, "shared": lambda: _shared_prompts(folder / "base")}
-    rows = made[data]()
+    return {"path": _write(folder, ("prompt", "completion"), made[data]()), "format": "prompt_completion"}
+
+
+def _write(folder: Path, keys: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
-    return {"path": str(path), "format": "prompt_completion"}
+    path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+    return str(path)
 
 
 def _words(count: int) -> list[str]:
@@ -218,12 +223,18 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _pairs() -> Iterable[tuple[str, str]]:
-    """Both answers of preference pairs with one question, each as a sample."""
+def _questions() -> Iterable[tuple[str, str, str]]:
+    """Preference pairs with one question: it, the chosen and the rejected answer."""
     for row in json.loads((SHARED / "llamafactory" / "dpo_en_demo.json").read_text()):
         if len(row["conversations"]) == 1:
-            for answer in ("chosen", "rejected"):
-                yield row["conversations"][0]["value"], row[answer]["value"]
+            yield row["conversations"][0]["value"], row["chosen"]["value"], row["rejected"]["value"]
+
+
+def _pairs() -> Iterable[tuple[str, str]]:
+    """Both answers of preference pairs, each as a sample."""
+    for question, *answers in _questions():
+        for answer in answers:
+            yield question, answer
 
 
 def _shared_prompts(base: Path) -> Iterable[tuple[str, str]]:
