@@ -27,7 +27,7 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
             harm="The rows that were repaired would be left out.",
             hint="Correct the path, or make the file: fitout data repair RECIPE.",
         )
-    if recipe.objective.wants == "conversation":
+    if recipe.objective.wants != "text":
         chat.check()
     for note in chat.notes:
         screen.say(note)
