@@ -187,6 +187,7 @@ USER = {"role": "user", "content": "q"}
         {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
         {"prompt": [USER], "chosen": [ANSWER[0]], "rejected": [ANSWER[1]]},
         {"chosen": [USER, ANSWER[0]], "rejected": [USER, ANSWER[1]]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
     ],
 )
 def test_preference_pairs(row):
@@ -205,6 +206,13 @@ def test_bad_pairs():
     other = [{"role": "user", "content": "other"}, ANSWER[1]]
     assert "different prompts" in refused({"chosen": [USER, ANSWER[0]], "rejected": other})
     assert "no prompt" in refused({"chosen": "a", "rejected": "b"})
+    asked = "\n\nHuman: Who? The Human: one.\n\nAssistant: I.\n\nHuman: You?\n\nAssistant:"
+    [pair] = convert({"chosen": asked + " Yes.\n\nReally.", "rejected": asked + " No."})
+    assert [m.role for m in pair.prompt] == ["user", "assistant", "user"]
+    assert pair.prompt[0].content == "Who? The Human: one."
+    assert (pair.chosen.content, pair.rejected.content) == ("Yes.\n\nReally.", "No.")
+    assert "different prompts" in refused({"chosen": asked + " a", "rejected": asked.replace("Who", "What") + " b"})
+    assert "assistant" in refused({"chosen": asked + " a\n\nHuman: b", "rejected": asked + " b\n\nHuman: b"})
 
 
 def test_text():

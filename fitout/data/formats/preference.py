@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ...chat.types import Message, Origin, Pair, Sample
@@ -14,7 +15,8 @@ from .turns import check_order, read_tools, turn_list, with_system
 
 
 class Preference:
-    """Answers are text, one message (OpenAI or ShareGPT form) or whole conversations that differ only in the last turn.
+    """Answers are text, one message (OpenAI or ShareGPT form) or whole conversations that differ only in the last turn,
+    also as one text with "Human:" and "Assistant:" before the turns (HH-RLHF).
 
     The prompt is what the conversations share; else `conversations` or `messages`; else `prompt` (or question, ...);
     else `instruction` and `input`.
@@ -59,11 +61,21 @@ class Preference:
 def read_answer(value: Any, key: str) -> list[Message]:
     """The messages of an answer, the last of them the assistant's."""
     if isinstance(value, str):
-        return [Message("assistant", value)]
+        return transcript(value) if TURN.match(value) else [Message("assistant", value)]
     messages = read_messages([value] if isinstance(value, dict) else value, key)
     if not messages or messages[-1].role != "assistant":
         raise RowError(f"`{key}` does not end with an assistant turn")
     return messages
+
+
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def transcript(text: str) -> list[Message]:
+    """The turns of one text, as HH-RLHF writes them (Bai et al., arXiv 2204.05862)."""
+    _, *parts = TURN.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def read_prompt(row: Row) -> tuple[list[Message], tuple[str, ...]]:
