@@ -61,8 +61,9 @@ class Preference:
 def read_answer(value: Any, key: str) -> list[Message]:
     """The messages of an answer, the last of them the assistant's."""
     if isinstance(value, str):
-        return transcript(value) if TURN.match(value) else [Message("assistant", value)]
-    messages = read_messages([value] if isinstance(value, dict) else value, key)
+        messages = transcript(value) if TURN.match(value) else [Message("assistant", value)]
+    else:
+        messages = read_messages([value] if isinstance(value, dict) else value, key)
     if not messages or messages[-1].role != "assistant":
         raise RowError(f"`{key}` does not end with an assistant turn")
     return messages
