@@ -58,6 +58,16 @@ def curves(log: Sequence[Mapping[str, Any]]) -> tuple[Points, Points, int]:
     return sorted(training.items()), sorted(validation.items()), broken
 
 
+def figure_curves(log: Sequence[Mapping[str, Any]], name: str) -> tuple[Points, Points]:
+    """A figure of the objective by step, of training and validation; of a step that was run twice the last."""
+    training, validation = ({
+        float(row["step"]): float(row["figures"][name])
+        for row in log
+        if name in row.get("figures", {}) and (row.get("event") == "evaluated") == held_out
+    } for held_out in (False, True))  # fmt: skip
+    return sorted(training.items()), sorted(validation.items())
+
+
 def thin(points: Points, most: int = 300) -> tuple[Points, int]:
     """At most `most` points, each the mean of as many neighbours; and how many neighbours that is."""
     width = max(1, math.ceil(len(points) / most))
@@ -74,8 +84,8 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [at * step for at in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def loss_chart(training: Points, validation: Points, *, width: int = 760, height: int = 260) -> str:
-    """Training loss as a line, validation loss as a line with a dot at each evaluation."""
+def chart(training: Points, validation: Points, name: str, *, width: int = 760, height: int = 260) -> str:
+    """What `name` says: of training as a line, of validation as a line with a dot at each evaluation."""
     left, right, top, bottom = 52, 14, 12, 30
     training, _ = thin(training)
     everything = training + validation
@@ -103,13 +113,14 @@ def loss_chart(training: Points, validation: Points, *, width: int = 760, height
     seen = []
     for point in validation:
         x, y = place(point)
-        title = f"step {point[0]:g}: validation loss {point[1]:.4f}"
+        title = f"step {point[0]:g}: validation {name} {point[1]:.4f}"
         seen.append(f'<circle class="dot tuned" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{title}</title></circle>')
     if len(training) == 1:
         x, y = place(training[0])
         seen.append(f'<circle class="dot base" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+    about = f'role="img" aria-label="{name.capitalize()} by step"'
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Loss by step">{"".join(marks)}'
+        f'<svg class="chart" viewBox="0 0 {width} {height}" {about}>{"".join(marks)}'
         f"{line(training, 'base')}{line(validation, 'tuned')}{''.join(seen)}</svg>"
     )
 

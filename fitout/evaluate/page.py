@@ -346,7 +346,18 @@ def _loss(log: Sequence[Mapping[str, Any]]) -> str:
     if broken:
         facts.append(f"values that are not finite numbers, not drawn: {broken}")
     legend = '<p class="soft"><span class="key-dot"></span>training <span class="key-dot tuned"></span>validation</p>'
-    return f"<h2>Loss</h2><p>{text('; '.join(facts))}.</p>{legend}{drawing.loss_chart(training, validation)}"
+    drawn = f"<h2>Loss</h2><p>{text('; '.join(facts))}.</p>{legend}{drawing.chart(training, validation, 'loss')}"
+    return drawn + _reward(log)
+
+
+def _reward(log: Sequence[Mapping[str, Any]]) -> str:
+    """Curves of an objective on pairs: how often the chosen answer has the greater reward, and by how much."""
+    drawn = ""
+    for name, heading in (("reward_accuracy", "Reward accuracy"), ("reward_margin", "Reward margin")):
+        training, validation = drawing.figure_curves(log, name)
+        if training or validation:
+            drawn += f"<h3>{heading}</h3>{drawing.chart(training, validation, heading.lower())}"
+    return drawn
 
 
 def _examples(result: EvaluationResult) -> str:

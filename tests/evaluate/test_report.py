@@ -184,13 +184,26 @@ def test_curves_take_the_last_run_of_a_step_and_count_what_is_not_a_number():
     assert len(points) <= 300 and width == 4 and points[0] == (1.5, 1.0)
 
 
+def test_an_objectives_figures_have_curves_of_their_own(written):
+    log = [
+        {"event": "evaluated", "step": 0, "validation_loss": 1.0, "figures": {"reward_accuracy": 0.5}},
+        {"step": 1, "loss": 1.0, "figures": {"reward_accuracy": 0.25}},
+        {"step": 1, "loss": 1.0, "figures": {"reward_accuracy": 0.75}},
+    ]
+    assert drawing.figure_curves(log, "reward_accuracy") == ([(1.0, 0.75)], [(0.0, 0.5)])
+    for told, there in ((log, True), (LOG, False)):
+        run, _ = written(FakeEngine(), FakeEngine(), [], training_log=told)
+        text = " ".join(read(run).text)
+        assert ("Reward accuracy" in text) == there and "Reward margin" not in text
+
+
 def test_a_chart_stays_inside_its_frame():
     for training, validation in (
         ([(1.0, 5.0)], []),
         ([], [(3.0, 1e-9)]),
         ([(1.0, 1e9), (100000.0, -1e9)], [(50.0, 0.0)]),
     ):
-        chart = drawing.loss_chart(training, validation)
+        chart = drawing.chart(training, validation, "loss")
         assert "nan" not in chart and "inf" not in chart
         for x in re.findall(r'c?x\d?="([-\d.]+)"', chart):
             assert -1 <= float(x) <= 761
