@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,12 @@ class Preference(Objective):
         return float(sum(len(layout.preferences) for layout in layouts))
 
     def loss(self, model: nn.Module, layout: Layout, total: float) -> Tensor:
-        predictions = predict(model, layout)
         if not len(layout.preferences):  # what keeps ranks together
-            return predictions.weighed()[0] * 0.0
-        losses = predictions.losses().double()
+            return predict(model, layout).weighed()[0] * 0.0
+        once, place = _each_once(layout)
+        predictions = predict(model, once)
+        again = torch.from_numpy(place).to(predictions.tokens[0].device)
+        losses = predictions.losses()[again].double()
         trained = torch.is_grad_enabled()
         with torch.enable_grad():
             losses.requires_grad_()
@@ -62,7 +65,7 @@ class Preference(Objective):
         value = value.detach().float()
         if slopes is None:
             return value
-        surrogate, _ = predictions.weighed(slopes)
+        surrogate, _ = predictions.weighed(slopes.new_zeros(once.supervised).index_add(0, again, slopes))
         return surrogate + (value - surrogate.detach())
 
     def noted(self) -> list[float]:
@@ -74,6 +77,15 @@ class Preference(Objective):
         each = (chosen > rejected, chosen - rejected, chosen, rejected, chosen_loss)
         sums = torch.stack([one.double().sum() for one in each])
         self._sums = sums if self._sums is None else self._sums + sums
+
+
+def _each_once(layout: Layout) -> tuple[Layout, np.ndarray]:
+    """The layout with each target once that several answers have in common (an answer may stand in many pairs), and
+    where each of the given targets is among them."""
+    both = np.stack([layout.target_at, layout.target_token], 1)
+    _, first, place = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    names = ("target_at", "target_token", "target_weight", "target_sample")
+    return replace(layout, **{name: getattr(layout, name)[first] for name in names}), place.ravel()
 
 
 def _of_answers(layout: Layout, losses: Tensor) -> tuple[Tensor, Tensor]:

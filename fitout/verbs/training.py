@@ -396,7 +396,7 @@ def _figures(progress: Progress, seconds: float, trained: int, whole: int) -> di
 
 def _told(progress: Progress, keep: str) -> list[str]:
     lines = [
-        f"trained {progress.step:,} steps, {progress.supervised:,} supervised of {progress.tokens:,} tokens, "
+        f"trained {progress.step:,} steps: {progress.tokens:,} tokens, {progress.supervised:,} targets, "
         f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s"
     ]
     if progress.base_loss is not None and progress.best_loss is not None:

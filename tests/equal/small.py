@@ -96,11 +96,14 @@ def pair_part(folder: Path, count: int, *, seed: int = 0, name: str = "train", e
     folder.mkdir(parents=True, exist_ok=True)
     draw, last = np.random.default_rng(seed), [] if end is None else [end]
     prompts = [draw.integers(3, 97, size) for size in (3, 9, 17, 24, 40)]
+    best: dict[int, list[int]] = {}
     with PartWriter(folder / f"{name}.arrow") as writer:
         for pair in range(count):
             prompt = prompts[pair % len(prompts)]
             for rejected in (False, True):
                 answer = [*draw.integers(3, 97, int(draw.integers(1, 12))), *last]
+                if not rejected:  # the same in some pairs of a prompt, as where one is better than many
+                    answer = best.setdefault(pair % len(prompts), answer) if pair % 2 else answer
                 ids, train_on = [*prompt, *answer], b"\0" * len(prompt) + b"\1" * len(answer)
                 tokens = Tokens([int(i) for i in ids], train_on, Origin("pairs", pair + 1))
                 writer.add(pair, tokens, rejected=rejected)
