@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         ("line", pa.int64()),
         ("part", pa.int64()),
         ("task", pa.int32()),  # a number of the data report's tasks; -1 for none
-        ("rejected", pa.bool_()),  # the answer that was not chosen; the chosen one is the row before
+        ("rejected", pa.uint8()),  # 1: the answer that was not chosen; the chosen one is the row before
     ]
 )
 BATCH = 4096
@@ -104,7 +104,7 @@ def _record(batch: Sequence[tuple[int, int, bool, Tokens]]) -> pa.RecordBatch:
             pa.array([t.origin.line for t in tokens], pa.int64()),
             pa.array([t.origin.part for t in tokens], pa.int64()),
             pa.array([task for _, task, *_ in batch], pa.int32()),
-            pa.array([rejected for _, _, rejected, _ in batch], pa.bool_()),
+            pa.array([int(rejected) for _, _, rejected, _ in batch], pa.uint8()),
         ],
         schema=SCHEMA,
     )
@@ -156,7 +156,7 @@ class Part:
         """(rows,) bool: the answers that were not chosen, each right after the chosen one."""
         if "rejected" not in self.table.column_names:  # prepared by an earlier version
             return np.zeros(len(self), bool)
-        return np.array(self.table["rejected"].to_pylist(), bool)
+        return _numbers(self.table["rejected"]).astype(bool)
 
     @cached_property
     def lengths(self) -> np.ndarray:
