@@ -3,9 +3,9 @@
 Everything that talks to a model goes through here: evaluation, the terminal chat, the server. Prompts become ids in
 `fitout.chat` only, so what is generated from is, id for id, what was trained.
 
-A batch is left-padded, rows are ordered by length, and a row leaves the batch when its answer ends. Row by row the
-result is the one the row would have alone: padding is masked, positions start at each row's own first token, and every
-row draws from its own random stream.
+A batch is left-padded, and a row leaves it when its answer ends; where the model's cache allows it, others join between
+two tokens (Flight). Row by row the result is the one the row would have alone: padding is masked, positions start at
+each row's own first token, and every row draws from its own random stream.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import inspect
 import math
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -62,20 +64,51 @@ class Completion:
 
 
 class Stream:
-    """An answer in the making: iterate for pieces of text; afterwards `completion` holds the whole."""
+    """An answer in the making: iterate for pieces of text, or let a Flight make it beside others and `take` them.
 
-    def __init__(self, pieces: Iterator[str], answer: _Answer, prompt_tokens: int):
-        self._pieces = pieces
-        self._answer = answer
-        self.prompt_tokens = prompt_tokens
+    Pieces are whole characters. `completion` holds the whole answer once it has ended, `error` why there is none.
+    """
+
+    error: FitoutError | None = None
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: list[int],
+        answer: _Answer,
+        sampler: _Sampler,
+        number: int = 0,
+        cancelled: Callable[[], bool] = lambda: False,
+    ):
+        """`number` is the sampler's random stream; `cancelled` is asked before every token."""
+        self._engine, self._prompt, self._answer = engine, prompt, answer
+        self._sampler, self._number, self._cancelled = sampler, number, cancelled
+        self._taken = 0
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        flight = Flight(self._engine, 1)
+        flight.add(self)
+        while flight.busy:
+            flight.step()
+            if piece := self.take():
+                yield piece
+        if self.error:
+            raise self.error
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self._prompt)
 
     @property
     def completion(self) -> Completion | None:
         """The answer once it has ended, None before."""
         return self._answer.completion(self.prompt_tokens) if self._answer.finish_reason else None
+
+    def take(self) -> str:
+        """The text that is settled since this was last asked."""
+        text = self._answer.settled[self._taken :]
+        self._taken += len(text)
+        return text
 
 
 class Engine:
@@ -166,7 +199,8 @@ class Engine:
         tools: Sequence[dict] = (),
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Stream:
-        """One answer, piece by piece. The prompt is checked here; generation runs as the Stream is iterated.
+        """One answer, piece by piece. The prompt is checked here; generation runs as the Stream is iterated, or in a
+        flight that it is given to.
 
         Pieces are whole characters, and no part of a stop string ever appears. `cancelled` is asked before every token.
         Raises RequestError when the prompt fills the context, TemplateError when a text spells a control token.
@@ -180,7 +214,16 @@ class Engine:
             )
         sampler = _Sampler(temperature, top_p, seed)
         answer = _Answer(self.chat.decode, self.chat.stop_ids, stop, self._room(prompt, max_new_tokens), watched=True)
-        return Stream(self._pieces(prompt, answer, sampler, cancelled), answer, len(prompt))
+        return Stream(self, prompt, answer, sampler, cancelled=cancelled)
+
+    def flight(self, most: int) -> Flight:
+        """For up to `most` answers at once, from `stream`; as many as the model can answer beside each other."""
+        return Flight(self, most)
+
+    @cached_property
+    def joins(self) -> bool:
+        """Whether rows that were read apart can go on together. Tried on two short ones."""
+        return self._reads == "together" and self._switch is None and _joins(self)
 
     def choose(
         self,
@@ -287,8 +330,10 @@ class Engine:
             for row in chunk:  # anew when a larger batch did not fit: from each row's first token and random number
                 answers[row].begin()
                 sampler.begin(row)
-            for _ in self._steps([prompts[row] for row in chunk], [answers[row] for row in chunk], chunk, sampler):
-                pass
+            flight = Flight(self, len(chunk))
+            flight.begin([Stream(self, prompts[row], answers[row], sampler, row) for row in chunk])
+            while flight.busy:
+                flight.move()
             if progress:
                 progress(sum(answer.finish_reason is not None for answer in answers), len(answers))
 
@@ -324,57 +369,6 @@ class Engine:
             if len(chunk) == 1:
                 raise _too_large()
             self.largest_batch = len(chunk) // 2
-
-    def _pieces(
-        self, prompt: list[int], answer: _Answer, sampler: _Sampler, cancelled: Callable[[], bool]
-    ) -> Iterator[str]:
-        shown = 0
-        try:
-            for _ in self._steps([prompt], [answer], [0], sampler):
-                if len(answer.settled) > shown:
-                    yield answer.settled[shown:]
-                    shown = len(answer.settled)
-                if answer.finish_reason is None and cancelled():
-                    answer.end("cancelled")  # before the next forward
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            answer.error = "memory"  # said below, when the error and what its traceback holds are gone
-        if answer.error:
-            give_back(self.model.device)
-            raise _too_large()
-        if len(answer.settled) > shown:
-            yield answer.settled[shown:]
-
-    @torch.no_grad()
-    def _steps(
-        self, prompts: list[list[int]], answers: list[_Answer], streams: Sequence[int], sampler: _Sampler
-    ) -> Iterator[None]:
-        """Runs a batch until every answer has ended; yields before each forward, and once at the end.
-
-        `streams` name the random stream of each row.
-        """
-        longest = max(map(len, prompts))
-        rows = _Rows(self, [longest - len(prompt) for prompt in prompts], longest)
-        live = list(range(len(prompts)))
-        ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(rows.pads.tolist(), prompts, strict=True)])
-        while True:
-            for piece in ids.split(PREFILL, dim=1):
-                yield
-                if all(answer.finish_reason for answer in answers):
-                    return
-                logits = rows.extend(piece, keep=1)[:, -1]
-            tokens = sampler.pick(logits, [streams[row] for row in live])
-            for row, token in zip(live, tokens, strict=True):
-                answers[row].add(token)
-            kept = [at for at, row in enumerate(live) if answers[row].finish_reason is None]
-            if not kept:
-                yield
-                return
-            if len(kept) < len(live):
-                rows.select(kept)
-                live = [live[at] for at in kept]
-            ids = torch.tensor([[tokens[at]] for at in kept])
 
     # scoring
 
@@ -435,14 +429,10 @@ class Engine:
 @torch.no_grad()
 def _how_to_read(engine: Engine) -> Reads:
     """How this model can be read in pieces so that each row is the row alone and whole: tried on two short ones."""
-    model, v = engine.model, engine._vocabulary
+    model = engine.model
     if not hasattr(model, "_is_stateful"):  # no model of transformers
         return "together"
-    texts = [[(5 * n + 1) % v for n in range(9)], [(7 * n + 2) % v for n in range(5)]]
-    whole = torch.stack([
-        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
-        for ids in texts
-    ])  # fmt: skip
+    texts, whole = _tried(engine)
     bound = UNLIKE.get(model.dtype, 0.1) * float(whole.abs().max())
 
     def gap(rows: list[int]) -> float:
@@ -462,6 +452,159 @@ def _how_to_read(engine: Engine) -> Reads:
             if is_out_of_memory(error):
                 raise
     return "anew"
+
+
+@torch.no_grad()
+def _joins(engine: Engine) -> bool:
+    texts, whole = _tried(engine)
+    try:
+        first, second = (_Rows(engine, 1, len(ids)) for ids in texts)
+        for rows, ids in zip((first, second), texts, strict=True):
+            rows.extend(torch.tensor([ids[:-2]]), keep=1)
+        first.join(second)
+        for at in (-2, -1):
+            found = first.extend(torch.tensor([[ids[at]] for ids in texts]), keep=1)[:, -1]
+    except Exception as error:  # a cache of another kind
+        if is_out_of_memory(error):
+            raise
+        return False
+    return float((found - whole).abs().max()) <= UNLIKE.get(engine.model.dtype, 0.1) * float(whole.abs().max())
+
+
+def _tried(engine: Engine) -> tuple[list[list[int]], torch.Tensor]:
+    """Two short rows, and the logits (2, V) that a forward of each alone ends with."""
+    model, v = engine.model, engine._vocabulary
+    texts = [[(5 * n + 1) % v for n in range(9)], [(7 * n + 2) % v for n in range(5)]]
+    ends = [model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1] for ids in texts]
+    return texts, torch.stack(ends).float()
+
+
+class Flight:
+    """Answers that are made at once. One joins between two tokens, while the prompt of the next is read piece by piece,
+    and leaves when it ends; the text of each is what it would be alone. Where a model's rows cannot join, one is
+    answered after the other.
+
+    When memory runs out, all are read again, half as many at a time; one that does not fit alone ends with an error.
+    """
+
+    def __init__(self, engine: Engine, most: int):
+        self._engine = engine
+        self._most = min(most, engine.largest_batch or most)
+        self._waiting: deque[Stream] = deque()
+        self._reading: _Reading | None = None
+        self._live: list[Stream] = []
+        self._rows: Any = None  # theirs
+        self._joined = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer has not ended."""
+        return bool(self._waiting or self._reading or self._live)
+
+    def add(self, stream: Stream) -> None:
+        self._waiting.append(stream)
+
+    def begin(self, streams: Sequence[Stream]) -> None:
+        """Has the prompts of some read at once; nothing may be in work."""
+        self._reading = _Reading(self._engine, streams)
+
+    def step(self) -> None:
+        """At most one token for every answer in work, and one piece of the next prompt."""
+        try:
+            self.move()
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise  # the error goes before anything is tried again: its traceback holds what was computed
+        self._read_again()
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """`step`, which raises when memory runs out."""
+        self._leave()
+        if self._live:
+            ids = torch.tensor([[stream._answer.ids[-1]] for stream in self._live])
+            _pick(self._live, self._rows.extend(ids, keep=1)[:, -1])
+        if self._reading is None and self._waiting and self._has_room():
+            self._reading = _Reading(self._engine, [self._waiting.popleft()])
+        if self._reading and (logits := self._reading.piece()) is not None:
+            self._join(self._reading)
+            _pick(self._reading.streams, logits)
+            self._reading = None
+        self._leave(asking=False)
+
+    def _has_room(self) -> bool:
+        return not self._live or (len(self._live) < self._most and self._engine.joins)
+
+    def _join(self, read: _Reading) -> None:
+        if self._live:
+            self._rows.join(read.rows)
+            self._joined = True
+        else:
+            self._rows = read.rows
+        self._live += read.streams
+
+    def _leave(self, *, asking: bool = True) -> None:
+        """Takes out what has ended, or was cancelled where that is asked."""
+        reading = self._reading.streams if self._reading else []
+        for stream in (*self._live, *reading, *self._waiting) if asking else ():
+            if stream.completion is None and stream._cancelled():
+                stream._answer.end("cancelled")
+        self._waiting = deque(stream for stream in self._waiting if stream._answer.finish_reason is None)
+        if reading and all(stream._answer.finish_reason for stream in reading):
+            self._reading = None
+        kept = [at for at, stream in enumerate(self._live) if stream._answer.finish_reason is None]
+        if len(kept) < len(self._live):
+            self._live = [self._live[at] for at in kept]
+            if not kept:
+                self._rows, self._joined = None, False
+            else:
+                self._rows.select(kept)
+                if self._joined:
+                    self._rows.trim()
+
+    def _read_again(self) -> None:
+        """After memory ran out: what was in work waits again, its prompt with what it has said."""
+        work = [*self._live, *(self._reading.streams if self._reading else ())]
+        self._live, self._reading, self._rows, self._joined = [], None, None, False
+        give_back(self._engine.model.device)
+        if len(work) == 1:
+            [stream] = work
+            stream.error = _too_large()
+            stream._answer.error = stream.error.message
+            stream._answer.end("cancelled")
+            return
+        self._most = self._engine.largest_batch = len(work) // 2
+        self._waiting.extendleft(reversed(work))
+
+
+class _Reading:
+    """Prompts that are being read: the pieces that are left, and the rows that they make."""
+
+    def __init__(self, engine: Engine, streams: Sequence[Stream]):
+        self.streams = list(streams)
+        texts = [stream._prompt + stream._answer.ids for stream in streams]
+        longest = max(map(len, texts))
+        self.rows = _Rows(engine, [longest - len(text) for text in texts], longest)
+        ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
+        self._pieces = deque(ids.split(PREFILL, dim=1))
+
+    def piece(self) -> torch.Tensor | None:
+        """Reads the next piece; the logits (B, V) of what follows once all is read."""
+        logits = self.rows.extend(self._pieces.popleft(), keep=1)[:, -1]
+        return None if self._pieces else logits
+
+
+def _pick(streams: Sequence[Stream], logits: torch.Tensor) -> None:
+    """The next token of each, from logits (B, V): in one go where they take the likeliest, or share a sampler."""
+    groups: dict[Any, list[int]] = {}
+    for at, stream in enumerate(streams):
+        groups.setdefault(stream._sampler if stream._sampler.draws else None, []).append(at)
+    for rows in groups.values():
+        own = logits if len(rows) == len(streams) else logits[rows]
+        tokens = streams[rows[0]]._sampler.pick(own, [streams[at]._number for at in rows])
+        for at, token in zip(rows, tokens, strict=True):
+            streams[at]._answer.add(token)
 
 
 class _Rows:
@@ -526,6 +669,32 @@ class _Rows:
         self._seen = end
         return logits[:, -keep:].float()
 
+    def join(self, other: _Rows) -> None:
+        """Goes on with another's rows after these; shorter ones are padded on the left. Raises TypeError for a cache
+        that is more than keys and values of each token."""
+        longest = max(self._seen, other._seen)
+        for mine, its in zip(self._cache.layers, other._cache.layers, strict=True):
+            if type(mine).__name__ not in JOINED:
+                raise TypeError(type(mine).__name__)
+            width = max(mine.keys.shape[-2], its.keys.shape[-2])
+            mine.keys = torch.cat([_wider(mine.keys, width), _wider(its.keys, width)])
+            mine.values = torch.cat([_wider(mine.values, width), _wider(its.values, width)])
+            if mine.is_sliding:
+                mine.cumulative_length = longest
+        self.pads = torch.cat([self.pads + longest - self._seen, other.pads + longest - other._seen])
+        self._seen = longest
+
+    def trim(self) -> None:
+        """Drops what is padding in every row, as when the longest has left."""
+        cut = int(self.pads.min())
+        if cut == 0:
+            return
+        self.pads, self._seen = self.pads - cut, self._seen - cut
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[..., -self._seen :, :], layer.values[..., -self._seen :, :]
+            if layer.is_sliding:
+                layer.cumulative_length = self._seen
+
     def select(self, rows: list[int]) -> None:
         """Goes on with these rows, in this order; a row may be taken several times."""
         index: Any = torch.tensor(rows, device=self._device)
@@ -534,6 +703,14 @@ class _Rows:
             self._read = [ids[index.cpu()] for ids in self._read]
         else:
             self._cache.reorder_cache(index)
+
+
+JOINED = ("DynamicLayer", "DynamicSlidingWindowLayer")  # transformers' caches of keys and values, and nothing else
+
+
+def _wider(values: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, H, T, D) with zeros before, to T = `width`; they are masked."""
+    return torch.nn.functional.pad(values, (0, 0, width - values.shape[-2], 0))
 
 
 class _Answer:
@@ -619,6 +796,11 @@ class _Sampler:
         self._top_p = top_p
         self._seed = secrets.randbits(63) if seed is None else seed
         self._streams: dict[int, torch.Generator] = {}
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance decides."""
+        return self._temperature > 0
 
     def begin(self, stream: int) -> None:
         """Sets a random stream to its beginning."""

@@ -488,6 +488,139 @@ def test_a_cancelled_stream_stops_computing(chat):
     assert stream.completion.text == "".join(seen) == "a" * 5
 
 
+# answers that are made at once
+
+
+def streams_of(engine, **more):
+    """Prompts of six lengths with settings of their own: greedy, sampled, stopped, short and long."""
+    each = [
+        {"max_new_tokens": 40},
+        {"max_new_tokens": 9, "temperature": 1.2, "seed": 3},
+        {"max_new_tokens": 25, "temperature": 0.7, "top_p": 0.8, "seed": 4},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 30, "stop": ["e", "t"]},
+        {"max_new_tokens": 17},
+    ]
+    return [engine.stream(ask(q), **how, **more) for q, how in zip(QUESTIONS, each, strict=True)]
+
+
+def flown(engine, streams, *, most=16, every=1):
+    """The pieces of each, one given to the flight every so many steps."""
+    flight, coming, pieces, step = engine.flight(most), list(enumerate(streams)), [""] * len(streams), 0
+    most_at_once = 0
+    while coming or flight.busy:
+        if coming and step % every == 0:
+            flight.add(coming.pop(0)[1])
+        flight.step()
+        most_at_once = max(most_at_once, len(flight._live))
+        for at, stream in enumerate(streams):
+            pieces[at] += stream.take()
+        step += 1
+    return pieces, most_at_once, flight
+
+
+@pytest.mark.parametrize("every", [1, 4, 11])
+@pytest.mark.parametrize(
+    ("kind", "changes", "together"),
+    [
+        ("Llama", {}, True), ("Mistral", {"sliding_window": 16}, True),
+        ("Gemma2", {"sliding_window": 12, "query_pre_attn_scalar": 8}, True), ("Phi3", LONGROPE, False),
+    ],
+)  # fmt: skip
+def test_answers_made_at_once_are_those_made_alone(chat, monkeypatch, kind, changes, together, every):
+    """Rows of other lengths join while others go on, prompts are read in pieces, rows leave."""
+    monkeypatch.setattr(fitout.engine, "PREFILL", 7)
+    engine = Engine(random_model(chat, kind, **changes), chat)
+    assert engine.joins == together
+    alone = []
+    for stream in streams_of(engine):
+        "".join(stream)
+        alone.append(stream.completion)
+    streams = streams_of(engine)
+    pieces, most, flight = flown(engine, streams, every=every)
+    assert [stream.completion for stream in streams] == alone
+    assert pieces == [one.text for one in alone]
+    assert most == 1 if not together else most > 1
+    assert not flight.busy and flight._rows is None
+
+
+def test_a_cache_of_another_kind_answers_one_after_the_other(chat):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(chat.tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    engine = Engine(MambaForCausalLM(config).eval(), chat)
+    assert not engine.joins
+    streams = [engine.stream(ask(q), max_new_tokens=3) for q in QUESTIONS[:3]]
+    _, most, _ = flown(engine, streams)
+    assert most == 1
+    assert [one.completion for one in streams] == engine.generate([ask(q) for q in QUESTIONS[:3]], max_new_tokens=3)
+
+
+def test_a_row_that_leaves_takes_its_padding_with_it(chat, engine):
+    long, short = engine.stream(ask("x" * 100), max_new_tokens=2), engine.stream(ask("x"), max_new_tokens=30)
+    flight = engine.flight(4)
+    flight.add(long)
+    flight.add(short)
+    while long.completion is None or len(short._answer.ids) < 2:
+        flight.step()
+    flight.step()
+    held = {layer.keys.shape[-2] for layer in flight._rows._cache.layers}
+    assert held == {short.prompt_tokens + len(short._answer.ids) - 1}
+
+
+def test_who_is_cancelled_leaves_and_the_others_go_on(chat, engine):
+    gone = set()
+    streams = [engine.stream(ask(q), max_new_tokens=20, cancelled=lambda at=at: at in gone)
+               for at, q in enumerate(QUESTIONS[:4])]  # fmt: skip
+    flight = engine.flight(2)  # so that two wait
+    for stream in streams:
+        flight.add(stream)
+    for _ in range(6):
+        flight.step()
+    gone |= {0, 3}
+    while flight.busy:
+        flight.step()
+    assert [stream.completion.finish_reason for stream in streams] == ["cancelled", "length", "length", "cancelled"]
+    assert 1 <= len(streams[0].completion.ids) <= 6 and not streams[3].completion.ids
+    want = engine.generate([ask(q) for q in QUESTIONS[1:3]], max_new_tokens=20)
+    assert [stream.completion.ids for stream in streams[1:3]] == [one.ids for one in want]
+
+
+@pytest.mark.parametrize("after", [0, 9, 14])
+def test_out_of_memory_in_a_flight_changes_no_answer(chat, engine, after):
+    alone = []
+    for stream in streams_of(engine):
+        "".join(stream)
+        alone.append(stream.completion)
+    scarce = Engine(engine.model, chat)
+    assert scarce.joins
+    scarce.model = Scarce(engine.model, rows=2, after=after)
+    streams = streams_of(scarce)
+    pieces, most, _ = flown(scarce, streams)
+    assert [stream.completion for stream in streams] == alone and pieces == [one.text for one in alone]
+    assert scarce.model.refused and scarce.largest_batch < 6
+
+    scarce.model = Scarce(engine.model, rows=0)
+    streams = streams_of(scarce)
+    flown(scarce, streams)
+    assert all("memory ran out on a single prompt" in stream.error.message for stream in streams)
+
+
+def test_long_prompts_do_not_hold_up_those_who_are_answered(chat, engine, monkeypatch):
+    monkeypatch.setattr(fitout.engine, "PREFILL", 10)
+    talking, long = engine.stream(ask("Hi"), max_new_tokens=40), engine.stream(ask("x" * 150), max_new_tokens=2)
+    flight = engine.flight(4)
+    flight.add(talking)
+    flight.step()
+    flight.step()
+    flight.add(long)
+    before = len(talking._answer.ids)
+    while not long._answer.ids:
+        flight.step()
+    assert len(talking._answer.ids) - before >= 15  # a token for each piece of the other's prompt
+
+
 # likelihoods
 
 

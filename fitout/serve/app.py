@@ -41,7 +41,7 @@ LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 def create_app(engine: Engine, settings: ServeSettings, model_name: str) -> FastAPI:
     """The application. Raises RequestError when it would be open to a network without a token."""
     check_settings(settings)
-    worker = Worker(settings.max_concurrent)
+    worker = Worker(engine, settings.max_concurrent)
     started = int(time.time())
 
     @asynccontextmanager

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from fitout.chat.types import Message
+from fitout.engine import Completion
 from fitout.errors import RequestError
 from fitout.serve import ServeSettings
 from fitout.serve.app import create_app, serve
@@ -25,33 +27,54 @@ ROUTE = "/v1/chat/completions"
 
 
 class Endless:
-    """An engine whose answers go on until somebody stops them; counts what it does."""
+    """An engine whose answers go on until somebody stops them, `most` at once; counts what it does."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, most=100):
         self.chat = engine.chat
+        self.at_once = most
         self.running = 0
         self.pieces = 0
         self.most = 0
 
     def stream(self, messages, *, cancelled, **_):
-        outer = self
+        return Said(cancelled)
 
-        class Forever:
-            prompt_tokens = 3
-            completion = None
+    def flight(self, most):
+        return Fly(self)
 
-            def __iter__(self):
-                outer.running += 1
-                outer.most = max(outer.most, outer.running)
-                try:
-                    while not cancelled():
-                        outer.pieces += 1
-                        yield "word "
-                        time.sleep(0.01)
-                finally:
-                    outer.running -= 1
 
-        return Forever()
+class Said:
+    """A stream that says a word a step until it is cancelled."""
+
+    prompt_tokens = 3
+    error = completion = None
+
+    def __init__(self, cancelled):
+        self.cancelled, self.said = cancelled, ""
+
+    def take(self):
+        said, self.said = self.said, ""
+        return said
+
+
+class Fly:
+    def __init__(self, outer):
+        self.outer, self.streams = outer, []
+
+    def add(self, stream):
+        self.streams.append(stream)
+
+    def step(self):
+        outer = self.outer
+        for stream in [stream for stream in self.streams if stream.cancelled()]:
+            self.streams.remove(stream)
+            stream.completion = Completion("", [], 3, "cancelled")
+        outer.running = min(len(self.streams), outer.at_once)
+        outer.most = max(outer.most, outer.running)
+        for stream in self.streams[: outer.at_once]:
+            outer.pieces += 1
+            stream.said = "word "
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -114,7 +137,7 @@ def test_generation_ends_when_the_client_leaves(engine, stream):
 
 
 def test_a_client_that_leaves_while_it_waits_is_never_computed(engine):
-    endless = Endless(engine)
+    endless = Endless(engine, most=1)
     with running(endless) as (port, app):
         first, _ = post(port, read=False, stream=True)
         wait_for(lambda: endless.running == 1)
@@ -136,7 +159,7 @@ def test_a_crowd_is_told_to_come_back(engine):
         _, refused = post(port)
         assert refused.status == 429 and int(refused.headers["Retry-After"]) >= 1
         assert json.loads(refused.read())["error"]["type"] == "rate_limit_error"
-        assert endless.most == 1  # one at a time
+        wait_for(lambda: endless.most == 2)  # at once
         health = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         health.request("GET", "/health")
         assert health.getresponse().status == 200
@@ -153,15 +176,18 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_event(engine):
     class Breaks:
         chat = engine.chat
 
-        def stream(self, *_, **__):
-            class Half:
-                prompt_tokens = 3
+        def stream(self, *_, cancelled, **__):
+            return Said(cancelled)
 
-                def __iter__(self):
-                    yield "half "
-                    raise ZeroDivisionError("inside")
+        def flight(self, most):
+            class Half(Fly):
+                def step(self):
+                    if self.streams[0].said is None:
+                        raise ZeroDivisionError("inside")
+                    self.streams[0].said = "half "
+                    self.streams[0].take = lambda: setattr(self.streams[0], "said", None) or "half "
 
-            return Half()
+            return Half(None)
 
     with running(Breaks()) as (port, app):
         _, response = post(port, stream=True)
@@ -169,6 +195,23 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_event(engine):
         assert json.loads(blocks[-2][6:])["error"]["type"] == "server_error"
         assert "[DONE]" not in "".join(blocks) and "inside" not in "".join(blocks)
         wait_for(lambda: app.state.worker.busy == 0)
+
+
+def test_requests_are_answered_at_once(engine):
+    """A short answer ends while a long one that began before is still made, and both are the engine's."""
+    asked = [{"role": "user", "content": "Hello"}]
+    long = {"messages": asked, "max_tokens": 600, "stream": True}
+    with running(engine, max_new_tokens=1000) as (port, app):
+        first, response = post(port, **long)
+        assert b"content" in response.readline() + response.readline() + response.readline()
+        _, short = post(port, max_tokens=5)
+        text = json.loads(short.read())["choices"][0]["message"]["content"]
+        assert app.state.worker.busy == 1  # the long one
+        rest = response.read().decode()
+        first.close()
+    assert "[DONE]" in rest
+    [want] = engine.generate([[Message("user", "Hello")]], max_new_tokens=5)
+    assert text == want.text
 
 
 def test_a_taken_port_is_told(engine):
