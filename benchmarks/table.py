@@ -53,6 +53,7 @@ def main() -> None:
     _put("between", [_between(result) for result in full if result.get("kind") == "between"], SPEED)
     _put("products", [_products(result) for result in full if result.get("kind") == "products"], SPEED)
     _put("shared input", [_stacked(r) for r in full if r.get("kind") == "shared input"], SPEED)
+    _put("serving", [_serving(result) for result in full if result.get("kind") == "serving"], SPEED)
     _put("compare", [_compared(result) for result in compared], METHODS)
 
 
@@ -331,6 +332,27 @@ def _stacked(result: dict[str, Any]) -> str:
         rows.append(f"| {name} | {times} | {apart / stacked:.2f} |")
     head = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
     table = _lines("| layers, fp32 | apart | stacked | without LoRA | stacking is, times |", rows)
+    return f"{head}\n\n{table}"
+
+
+def _serving(result: dict[str, Any]) -> str:
+    machine, rows = result["machine"], []
+    for row in result["rows"]:
+        both = [row[way] for way in ("at once", "one after the other")]
+        speeds, waits = (
+            " | ".join(f"{one[key]:,.{places}f}" for one in both)
+            for key, places in (("tokens_per_second", 0), ("seconds_an_answer", 1))
+        )
+        middle, low, high = row["ratio"]
+        rows.append(f"| {row['clients']} | {speeds} | {middle:.2f} ({low:.2f} to {high:.2f}) | {waits} |")
+    head = (
+        f"{result['shape']}, fp32, answers of {result['new_tokens']} tokens, {len(result['rows'][0]['rounds']['at once'])} "
+        f"rounds; {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
+    )
+    table = _lines(
+        "| clients | tokens/s at once | one after the other | times | seconds an answer at once | one after the other |",
+        rows,
+    )
     return f"{head}\n\n{table}"
 
 

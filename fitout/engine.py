@@ -673,7 +673,8 @@ class _Rows:
         """Goes on with another's rows after these; shorter ones are padded on the left. Raises TypeError for a cache
         that is more than keys and values of each token."""
         longest = max(self._seen, other._seen)
-        for mine, its in zip(self._cache.layers, other._cache.layers, strict=True):
+        layers: Any = zip(self._cache.layers, other._cache.layers, strict=True)
+        for mine, its in layers:
             if type(mine).__name__ not in JOINED:
                 raise TypeError(type(mine).__name__)
             width = max(mine.keys.shape[-2], its.keys.shape[-2])
@@ -690,7 +691,8 @@ class _Rows:
         if cut == 0:
             return
         self.pads, self._seen = self.pads - cut, self._seen - cut
-        for layer in self._cache.layers:
+        every: Any = self._cache.layers
+        for layer in every:
             layer.keys, layer.values = layer.keys[..., -self._seen :, :], layer.values[..., -self._seen :, :]
             if layer.is_sliding:
                 layer.cumulative_length = self._seen

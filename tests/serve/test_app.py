@@ -159,6 +159,8 @@ def test_tools_and_calls_reach_the_template_as_they_do_in_training(engine, monke
             seen.append((tuple(messages), tools))
             return engine.stream(MESSAGES, **rest)
 
+        flight = engine.flight
+
     with client_of(Watch()) as client:
         assert client.post(ROUTE, json=request(messages=messages, tools=tools)).status_code == 200
         bad = {**called, "function": {"name": "weather", "arguments": "{"}}
