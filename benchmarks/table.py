@@ -346,7 +346,10 @@ def _serving(result: dict[str, Any]) -> str:
         middle, low, high = row["ratio"]
         rows.append(f"| {row['clients']} | {speeds} | {middle:.2f} ({low:.2f} to {high:.2f}) | {waits} |")
     rounds = len(result["rows"][0]["rounds"]["at once"])
-    head = f"{result['shape']}, fp32, answers of {result['new_tokens']} tokens, {rounds} rounds; {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
+    head = (
+        f"{result['shape']}, fp32, answers of {result['new_tokens']} tokens, {rounds} rounds; "
+        f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; {machine['when']}."
+    )
     table = _lines(
         "| clients | tokens/s, at once | one after the other | times | seconds an answer, at once | one by one |",
         rows,
