@@ -27,7 +27,7 @@ from .errors import CheckError, FitoutError, RequestError
 from .files import fingerprint
 from .model import rope
 from .model.attention import UNLIKE
-from .model.memory import give_back, is_out_of_memory
+from .model.memory import available_memory, give_back, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -527,7 +527,7 @@ class Flight:
             _pick(self._live, self._rows.extend(ids, keep=1)[:, -1])
         if self._reading is None and self._waiting and self._has_room():
             self._reading = _Reading(self._engine, [self._waiting.popleft()])
-        if self._reading and (logits := self._reading.piece()) is not None:
+        if self._reading and (logits := self._reading.piece()) is not None and self._fits(self._reading.rows):
             self._join(self._reading)
             _pick(self._reading.streams, logits)
             self._reading = None
@@ -535,6 +535,14 @@ class Flight:
 
     def _has_room(self) -> bool:
         return not self._live or (len(self._live) < self._most and self._engine.joins)
+
+    def _fits(self, rows: _Rows) -> bool:
+        """Whether there is memory for these beside those in work, all as long as the longest; a GPU says so itself."""
+        if not self._live or self._engine.model.device.type == "cuda":
+            return True
+        longest = max(rows.seen, self._rows.seen)
+        need = rows.bytes_a_token * longest * (len(self._live) + len(rows.pads))
+        return need + self._rows.bytes_a_token * self._rows.seen * len(self._live) < available_memory()
 
     def _join(self, read: _Reading) -> None:
         if self._live:
@@ -565,7 +573,7 @@ class Flight:
 
     def _read_again(self) -> None:
         """After memory ran out: what was in work waits again, its prompt with what it has said."""
-        work = [*self._live, *(self._reading.streams if self._reading else ())]
+        work = list(dict.fromkeys([*self._live, *(self._reading.streams if self._reading else ())]))
         self._live, self._reading, self._rows, self._joined = [], None, None, False
         give_back(self._engine.model.device)
         if len(work) == 1:
@@ -588,11 +596,13 @@ class _Reading:
         self.rows = _Rows(engine, [longest - len(text) for text in texts], longest)
         ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
         self._pieces = deque(ids.split(PREFILL, dim=1))
+        self._logits: torch.Tensor | None = None
 
     def piece(self) -> torch.Tensor | None:
         """Reads the next piece; the logits (B, V) of what follows once all is read."""
-        logits = self.rows.extend(self._pieces.popleft(), keep=1)[:, -1]
-        return None if self._pieces else logits
+        if self._pieces:
+            self._logits = self.rows.extend(self._pieces.popleft(), keep=1)[:, -1]
+        return None if self._pieces else self._logits
 
 
 def _pick(streams: Sequence[Stream], logits: torch.Tensor) -> None:
@@ -668,6 +678,18 @@ class _Rows:
         ).logits
         self._seen = end
         return logits[:, -keep:].float()
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the longest row, and so of all with their padding."""
+        return self._seen
+
+    @property
+    def bytes_a_token(self) -> int:
+        """What the cache takes for a token of one row."""
+        layers: Any = self._cache.layers
+        kept = [values for layer in layers for values in (layer.keys, layer.values)]
+        return sum(values.nbytes // (len(values) * values.shape[-2]) for values in kept)
 
     def join(self, other: _Rows) -> None:
         """Goes on with another's rows after these; shorter ones are padded on the left. Raises TypeError for a cache

@@ -607,6 +607,18 @@ def test_out_of_memory_in_a_flight_changes_no_answer(chat, engine, after):
     assert all("memory ran out on a single prompt" in stream.error.message for stream in streams)
 
 
+def test_what_does_not_fit_in_memory_beside_the_others_waits_for_them(chat, engine, monkeypatch):
+    streams = streams_of(engine)
+    alone = []
+    for stream in streams_of(engine):
+        "".join(stream)
+        alone.append(stream.completion)
+    token = 2 * 2 * 2 * 8 * 4  # keys and values of two layers, two heads of eight numbers in fp32
+    monkeypatch.setattr(fitout.engine, "available_memory", lambda: 3 * 80 * token)
+    _, most, flight = flown(engine, streams)
+    assert 1 < most < 5 and [stream.completion for stream in streams] == alone
+
+
 def test_long_prompts_do_not_hold_up_those_who_are_answered(chat, engine, monkeypatch):
     monkeypatch.setattr(fitout.engine, "PREFILL", 10)
     talking, long = engine.stream(ask("Hi"), max_new_tokens=40), engine.stream(ask("x" * 150), max_new_tokens=2)

@@ -144,18 +144,18 @@ class Worker:
                     flight.add(stream)
                 flight.step()
             except Exception as error:
+                self._jobs.difference_update(streams)
                 for job in streams:
                     job.tell(error)
-                self._jobs.difference_update(streams)
                 flight, streams = None, {}
                 continue
             for job, stream in tuple(streams.items()):
                 if piece := stream.take():
                     job.tell(piece)
                 if ended := stream.error or stream.completion:
-                    job.tell(ended)
-                    self._jobs.discard(job)
+                    self._jobs.discard(job)  # who is told that it has ended finds the place free
                     del streams[job]
+                    job.tell(ended)
 
     def _taken(self, *, wait: bool) -> list[Job]:
         """The jobs that are new; with `wait` not before there is one, or the worker is closed."""
