@@ -11,6 +11,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,6 +138,15 @@ def adapted(settings, *, seed: int = 5, base: str | None = None, packed: bool = 
             if name.endswith("magnitude_vector"):
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     return model, method
+
+
+class Around:
+    """An objective around another."""
+
+    objective: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.objective, name)
 
 
 def job_of(

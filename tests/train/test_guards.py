@@ -16,7 +16,7 @@ from fitout.model.methods import DoraSettings, FullSettings, LoraSettings
 from fitout.train import TrainSettings, checkpoint, loop
 from fitout.train.optim import learning_rate, make_optimizer
 from tests.conftest import tiny_llama
-from tests.equal.small import events, job_of, losses, random_part, train, trained_tensors
+from tests.equal.small import Around, events, job_of, losses, random_part, train, trained_tensors
 
 
 def make_job(folder, *, total=8, samples=24, **settings):
@@ -187,14 +187,11 @@ def test_nothing_is_recomputed_where_no_layer_is_trained():
     assert recompute_activations(model) == 0
 
 
-class Spoiled:
+class Spoiled(Around):
     """An objective whose loss is not finite for some layouts."""
 
     def __init__(self, objective, when, value):
         self.objective, self.when, self.value = objective, when, value
-
-    def units(self, layouts):
-        return self.objective.units(layouts)
 
     def loss(self, model, layout, total):
         loss = self.objective.loss(model, layout, total)
