@@ -25,7 +25,7 @@ class ServeSettings(BaseModel):
     max_body_bytes: int = Field(1 << 20, ge=1, description="a larger request is refused while it is read")
     max_prompt_tokens: int = Field(32768, ge=1, description="a longer prompt is refused, never shortened")
     max_new_tokens: int = Field(1024, ge=1, description="the longest answer, and the default when a request is silent")
-    max_concurrent: int = Field(16, ge=1, description="requests in work or waiting; beyond it the answer is 429")
+    max_concurrent: int = Field(16, ge=1, description="requests answered at once; beyond it the answer is 429")
 
 
 def is_loopback(host: str) -> bool:
