@@ -114,7 +114,7 @@ def _figures(report: dict[str, Any]) -> dict[str, str]:
         "training rows": f"{part['rows']:,}",
         "tokens": f"{part['tokens']:,}",
         "supervised": f"{part['supervised']:,} ({100 * part['supervised'] / max(1, part['tokens']):.1f} %)",
-        "rows cut": f"{report['repaired'].get('cut to max_length', 0):,}",
+        "samples cut": f"{report['repaired'].get('cut to max_length', 0):,}",
         "rows without a supervised end": f"{part['no_end']:,}",
-        "rows too long, removed": f"{report['removed'].get('too long', 0):,}",
+        "samples too long, removed": f"{report['removed'].get('too long', 0):,}",
     }

@@ -210,6 +210,11 @@ def _scores(directory: RunDir) -> dict[str, Any]:
     return {"scores": report["scores"], "retention": report["retention"]}
 
 
+def _rewarded(figures: dict[str, float]) -> bool:
+    """Whether rewards differ by more than rounding: a model that is its own reference gives none."""
+    return any(abs(figures.get(key, 0.0)) > 1e-4 for key in ("reward_chosen", "reward_rejected"))
+
+
 class TrainingBar:
     """The training's progress: steps, time left, loss. A listener."""
 
@@ -229,8 +234,8 @@ class TrainingBar:
             self.screen.bar("training", self.total, row["step"], note)
         elif event == "evaluated":
             best = " (best)" if row["best"] else ""
-            accuracy = row.get("figures", {}).get("reward_accuracy")
-            told = "" if accuracy is None else f", reward accuracy {100 * accuracy:.0f} %"
+            figures = row.get("figures", {})
+            told = f", reward accuracy {100 * figures['reward_accuracy']:.0f} %" if _rewarded(figures) else ""
             self.screen.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}{told}{best}")
         elif event == "referred":
             self.screen.say(f"what the model gives {row['pairs']:,} pairs as training begins: {row['seconds']:.0f} s")

@@ -412,7 +412,7 @@ def only_markers(sample: Sample) -> str | None:
     if isinstance(sample, Conversation):
         answers = [m.content for m in sample.messages if m.role == "assistant" and not m.extra.get("tool_calls")]
     elif isinstance(sample, Pair):
-        answers = [sample.chosen.content, sample.rejected.content]
+        answers = [m.content for m in (sample.chosen, sample.rejected) if not m.extra.get("tool_calls")]
     else:
         answers = [sample.text]
     if any(answer.strip() in END_MARKERS for answer in answers):

@@ -479,6 +479,7 @@ def _or_repaired(
             yield from readmitted(repair, sample.origin, plug, source.columns)
 
 
+ANSWERS = ("chosen: ", "rejected: ")  # before a reason that is of one answer of a pair
 OBJECTIVE_OF = {"text": "pretrain", "conversation": "sft", "preference pair": "orpo"}
 
 
@@ -706,15 +707,16 @@ def _render_part(
 def _left_out(sample: Conversation | Pair, chat: Chat, stage: Stage, work: _Work) -> bool:
     """Counts what a sample has that the template does not write; True when that leaves an answer without a word, which
     goes to quarantine."""
-    messages = sample.messages if isinstance(sample, Conversation) else (*sample.prompt, sample.chosen, sample.rejected)
-    lost = chat.unwritten(messages, sample.tools)
-    for what in lost:
+    whole = {"": sample} if isinstance(sample, Conversation) else dict(zip(ANSWERS, sample.answered, strict=True))
+    lost = {what for one in whole.values() for what in chat.unwritten(one.messages, sample.tools)}
+    for what in sorted(lost):
         counts = work.facts.setdefault("unwritten", {})
         counts[what] = counts.get(what, 0) + 1
     if "tool calls" in lost:
-        for number, one in enumerate(messages, 1):
+        turns = [(which, at, one) for which, talk in whole.items() for at, one in enumerate(talk.messages, 1)]
+        for which, number, one in turns:
             if one.train and one.extra.get("tool_calls") and not one.content.strip():
-                reason = f"turn {number}: an answer of tool calls alone, which the chat template does not write"
+                reason = f"{which}turn {number}: an answer of tool calls alone, which the chat template does not write"
                 work.reject(stage, sample.origin, reason, as_row(sample), rule="template", form="sample")
                 return True
     return False

@@ -12,7 +12,7 @@ from ..files import read_json, read_jsonl
 from ..rundir import RunDir
 from .compare import Trials
 from .retention import perplexity_value
-from .scores import Measure, mean_measure, measures
+from .scores import Measure, mean_measure, measures, preferences
 
 Runs = Mapping[str, Sequence[RunDir]]  # the finished runs of each method, one a seed
 
@@ -48,15 +48,21 @@ def _answers(run: RunDir) -> list[dict[str, Any]]:
 def _measures(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> list[Measure]:
     """The measures of one run, computed from its answers as the evaluation did."""
     settings = report["settings"]
-    return measures(
-        settings["metrics"],
-        [row["reference"] for row in rows],
-        [row["base"] for row in rows],
-        [row["tuned"] for row in rows],
-        prompts=[row["prompt"][-1]["content"] for row in rows],
-        words=settings["words"],
-        one_label_set=any(score["name"] == "macro_f1" for score in report["scores"]),
-    )
+    return [
+        *preferences(
+            [row.get("base_scores", {}).get("preference") for row in rows],
+            [row.get("tuned_scores", {}).get("preference") for row in rows],
+        ),
+        *measures(
+            settings["metrics"],
+            [row["reference"] for row in rows],
+            [row["base"] for row in rows],
+            [row["tuned"] for row in rows],
+            prompts=[row["prompt"][-1]["content"] for row in rows],
+            words=settings["words"],
+            one_label_set=any(score["name"] == "macro_f1" for score in report["scores"]),
+        ),
+    ]
 
 
 def _retention(rows: Sequence[Mapping[str, Any]]) -> Measure:

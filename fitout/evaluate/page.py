@@ -211,7 +211,8 @@ def _head(result: EvaluationResult, title: str) -> str:
     counts = result.counts
     figures = []
     if result.scores:
-        main = next((score for score in result.scores if score.name == result.reading), result.scores[0])
+        named = {score.name: score for score in result.scores}
+        main = named.get("preference") or named.get(result.reading or "") or result.scores[0]
         figures.append(_figure(main, f"{label(main.name)}, {counts['asked']:,} questions"))
     kept = result.retention
     if kept and kept.overall:

@@ -246,6 +246,16 @@ def mean_measure(
     return Measure(name, of, statistics(base), statistics(tuned), ratio, signature, unit=100.0, top=100.0)
 
 
+def preferences(base: Sequence[float | None], tuned: Sequence[float | None]) -> list[Measure]:
+    """Whether each row's chosen answer is the likelier one, of the rows where both say it (not None); [] where none
+    does. Rows may say it in points."""
+    known = [at for at, both in enumerate(zip(base, tuned, strict=True)) if None not in both]
+    if not known:
+        return []
+    before, after = ([float(bool(one[at])) for at in known] for one in (base, tuned))
+    return [mean_measure("preference", before, after, "mean log-probability of a token", rows=known)]
+
+
 def resampled_sums(statistics: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Sums (samples, k) of n rows drawn with replacement from statistics (n, k): the bootstrap (Efron 1979)."""
     n, width = statistics.shape

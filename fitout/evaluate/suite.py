@@ -32,9 +32,9 @@ from .scores import (
     bleu_tokenizer,
     compare,
     f1_tokens,
-    mean_measure,
     measures,
     normalise,
+    preferences,
     row_scores,
 )
 
@@ -433,7 +433,7 @@ def score(
 ) -> EvaluationResult:
     """Scores two models' answers to the same questions. Without a question there are no scores, and a note says so."""
     asked = questions.asked
-    found = measures(
+    found = preferences(base.prefers, tuned.prefers) + measures(
         settings.metrics,
         [question.reference for question in asked],
         base.texts,
@@ -442,9 +442,6 @@ def score(
         words=settings.words,
         one_label_set=bool(settings.choices) or not any(question.choices for question in asked),
     )
-    if known := [row for row, both in enumerate(zip(base.prefers, tuned.prefers, strict=True)) if None not in both]:
-        before, after = ([float(bool(one.prefers[row])) for row in known] for one in (base, tuned))
-        found.insert(0, mean_measure("preference", before, after, "mean log-probability of a token", rows=known))
     base_rows, tuned_rows = row_scores(found, len(asked))
     return EvaluationResult(
         scores=[compare(measure, settings.samples, settings.seed) for measure in found],

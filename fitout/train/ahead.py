@@ -36,6 +36,11 @@ class Ahead:
                 self._coming[coming] = self._thread.submit(self._make, coming, budget)
         return self._coming.pop(step).result()
 
+    def forget(self) -> None:
+        """Throws away what was made ahead: it would be made otherwise now."""
+        while self._coming:
+            self._coming.popitem()[1].cancel()
+
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)

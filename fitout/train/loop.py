@@ -29,7 +29,7 @@ from .checkpoint import Checkpoint, Checkpoints
 from .guard import FiniteGuard, Interrupted, StopRequest
 from .listeners import Listener
 from .optim import learning_rate, make_optimizer
-from .references import load_references, require_known, save_references
+from .references import digest, load_references, require_finite, require_known, save_references
 from .saver import Saver
 from .step import StepResult, mean_loss, train_step
 
@@ -64,6 +64,7 @@ class Progress:
     last_loss: float | None = None
     validation: list[list[float | None]] = field(default_factory=list)  # [step, loss; None where it is not finite]
     stopped_early: bool = False
+    references: str = ""  # digest of references.safetensors, where the objective refers to it
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,16 @@ class _Run:
         if self.at.step == 0:
             start = time.perf_counter()
             found = {name: self._log_probs(*rows) for name, rows in parts.items()}
+            for name, (its, rows) in parts.items():
+                require_finite(found[name][rows], its, rows)
             if self.backend.main:
                 save_references(path, found)
+            self.at.references = digest(found)
+            self.ahead.forget()  # what was made without them
             pairs = sum(len(rows) // 2 for _, rows in parts.values())
             self._tell("referred", pairs=pairs, seconds=round(time.perf_counter() - start, 1))
         else:
-            found = load_references(path, {name: len(its) for name, (its, _) in parts.items()})
+            found = load_references(path, self.at.references)
         for name, (its, rows) in parts.items():
             require_known(path, found[name][rows])
             its.references = found[name]

@@ -57,7 +57,7 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
         if getattr(recipe.data.split, name) and not report["kept"][name]:
             screen.say(f"no sample is left in the {name} part; a source of its own has `split: {name}`")
     if part["no_end"]:
-        screen.say(f"{part['no_end']:,} training samples end without a trained end of turn (cut to max_length)")
+        screen.say(f"{part['no_end']:,} training answers have no trained end of turn (cut to max_length)")
     if main_process():
         directory.update_status(data_fingerprint=prepared.fingerprint)
     return prepared, report

@@ -405,6 +405,8 @@ def _told(progress: Progress, keep: str) -> list[str]:
         if keep == "last" and last is not None:
             best = f"{last:.4f} at the end, which is kept; {best}"
         lines.append(f"validation loss: base {progress.base_loss:.4f} -> {best}")
+        if progress.best_loss >= progress.base_loss:
+            lines.append("no validation was better than the one before the first step: lower train.lr, or train longer")
     if progress.skipped:
         lines.append(f"{progress.skipped} steps were skipped: their gradients were not finite (see log.jsonl)")
     return lines

@@ -182,6 +182,7 @@ def test_llama_factory_on_pairs(tmp_path, changes, objective):
         ({"rl": "dpo", "rl_beta": 0.3}, {"kind": "dpo", "beta": 0.3}),
         ({"rl": "orpo", "orpo_alpha": 0.2}, {"kind": "orpo", "beta": 0.2}),
         ({"rl": "simpo", "rl_beta": 2, "simpo_gamma": 0.7}, {"kind": "simpo", "beta": 2.0, "gamma": 0.7}),
+        ({"rl": "simpo", "rl_beta": 2}, {"kind": "simpo", "beta": 2.0, "gamma": 0.5}),
     ],
 )
 def test_axolotl_on_pairs(tmp_path, changes, objective):

@@ -13,6 +13,7 @@ from fitout.data.clean import control_tokens, only_markers, strip_end_markers
 from fitout.data.formats import FORMATS, Refused, RowError, choose, detect
 from fitout.data.lint import SEVERITIES, check, check_source
 from fitout.data.sources import BadRow, RawRow, read
+from fitout.data.writers import as_openai_finetuning
 from fitout.errors import DataError
 
 HERE = Origin("rows.json", 1)
@@ -197,6 +198,26 @@ def test_preference_pairs(row):
     assert pair.prompt == (Message("user", "q"),)
     assert (pair.chosen, pair.rejected) == (Message("assistant", "good"), Message("assistant", "bad"))
     assert pair.meta["score"] == 3
+
+
+def test_a_prompt_column_is_what_is_answered():
+    """A text that looks like a transcript is an answer where the row has a prompt; one that says otherwise is told."""
+    row = {"prompt": "Write a dialogue.", "chosen": "Human: hi\n\nAssistant: hello", "rejected": "Assistant: no"}
+    [pair] = convert(row)
+    assert pair.prompt == (Message("user", "Write a dialogue."),)
+    assert (pair.chosen.content, pair.rejected.content) == (row["chosen"], row["rejected"])
+    whole = {"chosen": [USER, ANSWER[0]], "rejected": [USER, ANSWER[1]]}
+    [same] = convert(whole | {"prompt": "q"})
+    assert same.prompt == (Message("user", "q"),) and same.meta == {"prompt": "q"}
+    assert "`prompt` is not what" in refused(whole | {"prompt": "something else"})
+
+
+def test_openais_preference_form_comes_back():
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    asked = (Message("system", "s"), Message("user", "q"))
+    pair = Pair(asked, Message("assistant", "a"), Message("assistant", "b"), HERE, {}, (tool,))
+    [again] = convert(json.loads(json.dumps(as_openai_finetuning(pair))))
+    assert again == pair
 
 
 def test_bad_pairs():

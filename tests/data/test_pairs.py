@@ -7,12 +7,14 @@ import json
 import numpy as np
 import pytest
 
+from fitout.chat.render import open_chat
 from fitout.chat.types import Conversation, Message, Origin, Pair
 from fitout.data import DataSettings
 from fitout.data.prepare import prepare, summary
 from fitout.data.prepare import test_samples as held_out
 from fitout.errors import DataError
 from fitout.files import read_jsonl
+from fitout.model.load import SHELL
 from fitout.rundir import RunDir
 
 WANTS = "preference pair"
@@ -23,6 +25,7 @@ def pair(number: int, **other) -> dict:
 
 
 def made(tmp_path, chat, rows, wants=WANTS, **settings):
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSettings.model_validate({"sources": [{"path": str(path)}], "max_length": 64, **settings})
@@ -107,6 +110,48 @@ def test_tools_are_seen_by_both_answers(tmp_path, chat):
     _, _, report = made(tmp_path, chat, [pair(n, tools=[tool]) for n in range(3)], split={"train": 1, "validation": 0,
                                                                                         "test": 0})  # fmt: skip
     assert report["unwritten"] == {"tools": 3}  # this template has no place for them, and says so
+
+
+def test_tool_calls_are_answers_where_the_template_writes_them(tmp_path):
+    """And in the prompt they are context, whether it does or not."""
+
+    def calling(name):
+        function = {"name": name, "arguments": "{}"}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+    asked, told = {"role": "user", "content": "Rain?"}, {"role": "tool", "content": "no"}
+    answer = {"chosen": {"role": "assistant", "content": "No."}, "rejected": {"role": "assistant", "content": "Yes."}}
+    rows = [
+        {"messages": [asked], "chosen": calling("weather"), "rejected": calling("clock")},
+        {"messages": [asked, calling("weather"), told], **answer},
+    ]
+    split = {"train": 1, "validation": 0, "test": 0}
+    calls = "{% for c in m.get('tool_calls', []) %}[{{ c['function']['name'] }}]{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}CALLS"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    silent, other = open_chat(SHELL), open_chat(SHELL)
+    silent.tokenizer.chat_template = template.replace("CALLS", "")
+    other.tokenizer.chat_template = template.replace("CALLS", calls)
+    _, _, report = made(tmp_path / "unwritten", silent, rows, split=split)
+    assert report["kept"]["train"] == 1 and report["unwritten"] == {"tool calls": 2}
+    [reason] = report["reasons"]["template"]
+    assert reason.startswith("chosen: turn 2: an answer of tool calls alone")
+
+    _, prepared, report = made(tmp_path / "written", other, rows, split=split)
+    assert report["kept"]["train"] == 2 and "unwritten" not in report
+    part = prepared.part("train")
+    said = [other.tokenizer.decode(part.ids(row)[part.train_on(row).astype(bool)]) for row in range(len(part))]
+    assert sum("[weather]" in text for text in said) == sum("[clock]" in text for text in said) == 1
+
+
+def test_a_reason_names_the_answer(tmp_path, chat):
+    _, _, report = made(tmp_path, chat, [*(pair(n) for n in range(9)), pair(20, chosen=""), pair(30, rejected=" ")])
+    assert set(report["reasons"]["empty answer"]) == {
+        "chosen: turn 2: the answer is empty", "rejected: turn 2: the answer is empty",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

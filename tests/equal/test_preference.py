@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from fitout.data.batches import Batches, layouts_of
-from fitout.errors import CheckError
+from fitout.errors import CheckError, FitoutError
 from fitout.files import read_jsonl
 from fitout.model import methods
-from fitout.model.methods import FullSettings
+from fitout.model.methods import FullSettings, sparse
 from fitout.objectives import DpoSettings, OrpoSettings, SimpoSettings, create
+from fitout.train import loop
 from fitout.train.backend import Backend
 from fitout.train.listeners import JsonLog
 from fitout.train.loop import fit
@@ -241,9 +242,52 @@ def test_dpo_goes_on_with_the_reference_it_began_with(tmp_path, at):
     for name, tensor in trained_tensors(whole.model).items():
         assert torch.equal(tensor, trained_tensors(again.model)[name]), name
 
-    again.run.references.unlink()
-    with pytest.raises(CheckError, match="reference"):
+    kept = bytearray(again.run.references.read_bytes())
+    kept[-3] ^= 1
+    again.run.references.write_bytes(kept)
+    with pytest.raises(CheckError, match="not those that this run began with"):
         train(job(tmp_path / "cut"), resume=True)
+    again.run.references.unlink()
+    with pytest.raises(CheckError, match="cannot be read"):
+        train(job(tmp_path / "cut"), resume=True)
+
+
+def test_a_run_of_less_than_an_epoch_has_the_references_of_its_rows(tmp_path):
+    def job(total):
+        model, method = adapted(METHODS_UNDER_TEST["lora"])
+        return preference_job(tmp_path, "dpo", model, pair_part(tmp_path, 20), total=total, method=method)
+
+    short = job(2)
+    train(short)
+    assert np.isnan(short.batches.part.references).sum() == 40 - 16
+    with pytest.raises(CheckError, match="8 answers have no reference log-probability: the run began with fewer"):
+        train(job(3), resume=True)
+
+
+def test_a_base_that_gives_no_numbers_is_told_before_it_is_trained(tmp_path):
+    model, method = adapted(METHODS_UNDER_TEST["lora"])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    job = preference_job(tmp_path, "dpo", model, pair_part(tmp_path, 4), total=2, method=method)
+    with pytest.raises(FitoutError, match="8 of 8 answers no finite log-probability"):
+        train(job)
+    assert not job.run.references.exists()
+
+
+def test_what_was_laid_out_before_the_reference_was_known_is_laid_out_again(tmp_path, monkeypatch):
+    """A method that begins by the gradients of the first steps asks for their layouts."""
+    monkeypatch.setattr(sparse, "FIRST_STEPS", 1)
+    model, method = adapted(METHODS_UNDER_TEST["sparse"])
+    job = preference_job(tmp_path, "dpo", model, pair_part(tmp_path, 12), total=3, method=method)
+    seen, original = [], loop.train_step
+
+    def train_step(model, objective, layouts, *rest):
+        seen.extend(np.isnan(layout.references).any() for layout in layouts)
+        return original(model, objective, layouts, *rest)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    train(job)
+    assert seen and not any(seen)
 
 
 def test_a_pair_is_never_parted(tmp_path):

@@ -153,13 +153,15 @@ def axolotl_preference(raw: dict[str, Any], carried: Carried) -> None:
     kind = raw["rl"]
     if kind not in ("dpo", "orpo", "simpo"):
         carried.leave("rl", kind, PREFERENCE)
-        return
+        if kind != "ipo":
+            return
+        kind = "dpo"  # of which it is a loss
     betas = {"orpo": ("orpo_alpha",)}.get(kind, ("rl_beta", "dpo_beta"))
     beta = next((found for key in betas if (found := as_number(raw.get(key)))), 0.1)
     carried.put("objective", {"kind": kind, "beta": beta})
-    gamma = as_number(raw.get("simpo_gamma"))
-    if kind == "simpo" and gamma is not None:
-        carried.put("objective.gamma", gamma)
+    if kind == "simpo":
+        gamma = as_number(raw.get("simpo_gamma"))
+        carried.put("objective.gamma", 0.5 if gamma is None else gamma)  # TRL's default, as there
 
 
 AXOLOTL_FORMATS = {
