@@ -15,7 +15,7 @@ from fitout.evaluate.compare import ALPHA, Trials, compare, holm, student_quanti
 from fitout.evaluate.compare_page import render, verdicts, write_comparison
 from fitout.evaluate.outcomes import retention_trials, task_trials
 from fitout.evaluate.scores import ratio
-from fitout.files import write_json, write_jsonl
+from fitout.files import read_jsonl, write_json, write_jsonl
 from fitout.rundir import RunDir
 
 
@@ -286,6 +286,19 @@ def test_runs_are_read_back(tmp_path):
     assert exact.estimates["a"].value == 62.5
     [kept] = retention_trials(runs)
     assert compare(kept, samples=100).by_seed == {"a": [100.0, 50.0], "b": [100.0]}
+
+
+def test_runs_on_pairs_are_compared_by_what_they_prefer(tmp_path):
+    """100 or 0 points a row; a question without a rejected answer has none."""
+    runs = {name: [written(tmp_path / name, [0, 0, 0, 1])] for name in ("a", "b")}
+    for name, prefers in (("a", [100.0, 100.0, 0.0]), ("b", [0.0, 100.0, 0.0])):
+        rows = read_jsonl(runs[name][0].predictions)
+        for row, value in zip(rows, prefers, strict=False):
+            row |= {"base_scores": {"preference": 0.0}, "tuned_scores": {"preference": value}}
+        write_jsonl(runs[name][0].predictions, rows)
+    preference, *others = (compare(one, samples=100) for one in task_trials(runs))
+    assert preference.name == "preference" and [one.name for one in others] == ["exact_match", "bleu"]
+    assert {name: round(one.value, 1) for name, one in preference.estimates.items()} == {"a": 66.7, "b": 33.3}
 
 
 def test_runs_that_were_asked_other_questions_are_refused(tmp_path):
