@@ -17,7 +17,7 @@ from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +31,7 @@ from . import BalanceSettings, DataSettings, SourceSettings
 from . import Part as PartName
 from .balance import cap_classes, distribute, give_shares, length_classes, seen_of, weigh
 from .clean import FAULTS, NAMES, Cleaner, control_tokens, only_markers
-from .content import digest, opening, phrasing
+from .content import content_key, digest, opening, phrasing
 from .diversity import SAMPLED, measure
 from .formats import Format, Refused, choose, convert
 from .halfway import Halfway
@@ -344,6 +344,7 @@ def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work,
     cleaner = Cleaner(settings.clean, chat.control)
     reading, converting, cleaning = (work.ledger.begin(name, 0) for name in ("read", "convert", "clean"))
     started = time.perf_counter()
+    turned = bytearray()  # keys of the pairs, the other way round
     for number, source in enumerate(settings.sources):
         plug = choose(probe(source, Path()), source.format, source.columns, where=source.path)
         before = (reading.came + converting.made.total(), reading.quarantined.total() + converting.quarantined.total())
@@ -354,6 +355,8 @@ def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work,
                 continue
             rows.add(cleaned)
             facts.add(cleaned, settings)
+            if isinstance(cleaned, Pair):
+                turned += content_key(replace(cleaned, chosen=cleaned.rejected, rejected=cleaned.chosen))
             work.source_of[sample.origin.file] = number
             if source.split:
                 work.parts[sample.origin.file] = source.split
@@ -374,6 +377,8 @@ def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work,
     rows.written()
     converting.came, cleaning.left = reading.left, len(rows)
     cleaning.came = converting.left
+    if turned:
+        work.facts["contradictions"] = int(np.isin(rows.keys, np.frombuffer(turned, "S16")).sum())
     work.facts["cleaning"], work.details["cleaning"] = cleaner.report(), dict(cleaner.examples)
     cleaning.seconds = time.perf_counter() - started
     if settings.tasks.suggest:
@@ -964,6 +969,11 @@ def _report(
         "notes": [
             *chat.notes,
             *([work.template_hint] if work.template_hint else []),
+            *(
+                [f"{count:,} pairs prefer what another one rejects: the same answers to the same prompt, turned round"]
+                if (count := work.facts.get("contradictions"))
+                else []
+            ),
             *(
                 f"the {what} of {count:,} sample{'s' * (count > 1)} are not written by this chat template: the model "
                 "never sees them"

@@ -92,6 +92,13 @@ def test_a_cut_that_leaves_the_same_is_quarantined(tmp_path, chat):
     assert reason == "the chosen and the rejected answer are the same tokens after the cut"
 
 
+def test_pairs_that_contradict_each_other_are_told(tmp_path, chat):
+    other = pair(3, chosen=pair(3)["rejected"], rejected=pair(3)["chosen"])
+    _, _, report = made(tmp_path, chat, [*(pair(n) for n in range(9)), other])
+    assert report["contradictions"] == 2 and any("2 pairs prefer what another" in note for note in report["notes"])
+    assert sum(report["kept"].values()) == 10
+
+
 def test_a_weight_gives_whole_pairs(tmp_path, chat):
     path = tmp_path / "heavy.jsonl"
     path.write_text("".join(json.dumps(pair(n)) + "\n" for n in range(10)))
