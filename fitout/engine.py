@@ -484,12 +484,13 @@ class Flight:
     and leaves when it ends; the text of each is what it would be alone. Where a model's rows cannot join, one is
     answered after the other.
 
-    When memory runs out, all are read again, half as many at a time; one that does not fit alone ends with an error.
+    When memory runs out, all are read again, half as many at a time until they are answered; one that does not fit alone
+    ends with an error.
     """
 
     def __init__(self, engine: Engine, most: int):
         self._engine = engine
-        self._most = min(most, engine.largest_batch or most)
+        self._most = self._usual = min(most, engine.largest_batch or most)
         self._waiting: deque[Stream] = deque()
         self._reading: _Reading | None = None
         self._live: list[Stream] = []
@@ -502,6 +503,8 @@ class Flight:
         return bool(self._waiting or self._reading or self._live)
 
     def add(self, stream: Stream) -> None:
+        if not self.busy:
+            self._most = self._usual
         self._waiting.append(stream)
 
     def begin(self, streams: Sequence[Stream]) -> None:
@@ -582,7 +585,7 @@ class Flight:
             stream._answer.error = stream.error.message
             stream._answer.end("cancelled")
             return
-        self._most = self._engine.largest_batch = len(work) // 2
+        self._most = len(work) // 2
         self._waiting.extendleft(reversed(work))
 
 

@@ -597,9 +597,11 @@ def test_out_of_memory_in_a_flight_changes_no_answer(chat, engine, after):
     assert scarce.joins
     scarce.model = Scarce(engine.model, rows=2, after=after)
     streams = streams_of(scarce)
-    pieces, most, _ = flown(scarce, streams)
+    pieces, _, flight = flown(scarce, streams)
     assert [stream.completion for stream in streams] == alone and pieces == [one.text for one in alone]
-    assert scarce.model.refused and scarce.largest_batch < 6
+    assert scarce.model.refused and flight._most < 6
+    flight.add(scarce.stream(ask("Hi"), max_new_tokens=1))
+    assert flight._most == 16  # those are answered
 
     scarce.model = Scarce(engine.model, rows=0)
     streams = streams_of(scarce)
