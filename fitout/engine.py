@@ -484,8 +484,8 @@ class Flight:
     and leaves when it ends; the text of each is what it would be alone. Where a model's rows cannot join, one is
     answered after the other.
 
-    When memory runs out, all are read again, half as many at a time until they are answered; one that does not fit alone
-    ends with an error.
+    When memory runs out, all are read again, half as many at a time until they are answered; one that does not fit by
+    itself ends with an error.
     """
 
     def __init__(self, engine: Engine, most: int):
