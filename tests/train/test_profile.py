@@ -26,7 +26,7 @@ from fitout.train import profile
 from fitout.train.backend import Backend
 from fitout.train.profile import Profile
 from tests.conftest import random_samples, tiny_llama
-from tests.equal.small import CPU, adapted, events, job_of, random_part, train
+from tests.equal.small import CPU, Around, adapted, events, job_of, random_part, train
 
 OBJECTIVE = create(SftSettings())
 CALLED = _Documents if native.why_not() else _Native  # what attention goes through here
@@ -175,8 +175,9 @@ def test_a_run_of_one_step_is_profiled_and_one_that_fails_leaves_no_profiler(tmp
                     raise RuntimeError("no")
                 return monkey(*args)
 
-            object.__setattr__(job, "objective", type("Failing", (), {"units": job.objective.units, "loss": fail})())
-            job.objective.loss = fail
+            failing = Around()
+            failing.objective, failing.loss = job.objective, fail
+            object.__setattr__(job, "objective", failing)
             with pytest.raises(RuntimeError, match="no"):
                 train(job)
             assert not torch.autograd._profiler_enabled()
