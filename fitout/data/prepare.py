@@ -970,8 +970,8 @@ def _report(
             *chat.notes,
             *([work.template_hint] if work.template_hint else []),
             *(
-                [f"{count:,} pairs prefer what another one rejects: the same answers to the same prompt, turned round"]
-                if (count := work.facts.get("contradictions"))
+                [f"{turned:,} pairs prefer what another one rejects: the same answers to the same prompt, turned round"]
+                if (turned := work.facts.get("contradictions", 0))
                 else []
             ),
             *(
