@@ -3,6 +3,7 @@
 data                              the instruction data, the test file and the retention probes
 corpus --tokens N --out FILE      pretraining documents as JSON lines {"text": ...}
 questions --out FILE              other questions about the held-out half than the test file's, to choose a recipe by
+pairs --out FILE                  the same questions with the right answer and a wrong one of their kind
 tokenizer --out FOLDER            the tokenizer, with its chat template
 base --out FOLDER                 an untrained model of 3.2 million parameters with the tokenizer
 """
@@ -13,6 +14,7 @@ import argparse
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..files import write_jsonl
 from . import DATA, SHELL, corpus, instructions
@@ -36,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     text.add_argument("--out", type=Path, required=True)
     questions = verbs.add_parser("questions", help="write held-out questions that the test file does not ask")
     questions.add_argument("--out", type=Path, required=True)
+    pairs = verbs.add_parser("pairs", help="write the same questions with a right and a wrong answer")
+    pairs.add_argument("--out", type=Path, required=True)
     tokenizer = verbs.add_parser("tokenizer", help="train the tokenizer")
     tokenizer.add_argument("--out", type=Path, default=SHELL)
     base = verbs.add_parser("base", help="write the untrained model and its tokenizer")
@@ -51,11 +55,25 @@ def main(argv: list[str] | None = None) -> int:
     elif given.verb == "questions":
         others = [{"messages": item.messages(), **item.about} for item in instructions.other_items()]
         print(f"{given.out}: {write_jsonl(given.out, others)} rows")
+    elif given.verb == "pairs":
+        print(f"{given.out}: {write_jsonl(given.out, preference_pairs())} rows")
     elif given.verb == "tokenizer":
         print(f"{given.out}: {make_tokenizer(given.out)} entries")
     else:
         print(f"{given.out}: {make_base(given.out)} parameters")
     return 0
+
+
+def preference_pairs() -> Iterator[dict[str, Any]]:
+    """Each other question with its answer, and that of the next one of its kind whose answer is another."""
+    kinds: dict[tuple[Any, ...], list[Any]] = {}
+    for item in instructions.other_items():
+        kinds.setdefault((item.about["relation"], item.about["language"]), []).append(item)
+    for items in kinds.values():
+        for at, item in enumerate(items):
+            others = [other.answer for other in items[at:] + items[:at] if other.answer != item.answer]
+            if others:
+                yield {"prompt": item.question, "chosen": item.answer, "rejected": others[0], **item.about}
 
 
 def write_corpus(path: Path, tokens: int, tokenizer: Path, seed: int = CORPUS_SEED) -> tuple[int, int]:
