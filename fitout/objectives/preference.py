@@ -65,7 +65,7 @@ class Preference(Objective):
         value = value.detach().float()
         if slopes is None:
             return value
-        surrogate, _ = predictions.weighed(slopes.new_zeros(once.supervised).index_add(0, again, slopes))
+        surrogate, _ = predictions.weighed(_summed(slopes, place, once.supervised))
         return surrogate + (value - surrogate.detach())
 
     def noted(self) -> list[float]:
@@ -94,5 +94,12 @@ def _of_answers(layout: Layout, losses: Tensor) -> tuple[Tensor, Tensor]:
     order = np.argsort(rows)
     place = order[np.searchsorted(rows, layout.target_sample, sorter=order)]
     counts: Any = np.bincount(place, minlength=len(rows))
-    sums = losses.new_zeros(len(rows)).index_add(0, torch.from_numpy(place).to(losses.device), -losses)
-    return sums.view(-1, 2), torch.from_numpy(counts).to(losses).view(-1, 2)
+    return _summed(-losses, place, len(rows)).view(-1, 2), torch.from_numpy(counts).to(losses).view(-1, 2)
+
+
+def _summed(values: Tensor, place: np.ndarray, count: int) -> Tensor:
+    """(count,) sums of the values (N) that have each place; always in the same order, which adding by index has not on
+    a GPU."""
+    lengths: Any = np.bincount(place, minlength=count)
+    order = torch.from_numpy(np.argsort(place, kind="stable")).to(values.device)
+    return torch.segment_reduce(values[order], "sum", lengths=torch.from_numpy(lengths).to(values.device), initial=0.0)
