@@ -111,7 +111,7 @@ def predict(model: Any, layout: Layout) -> Predictions:
     found = Predictions(model, [], [], [], [], whole)
     for one in _forwards(model, layout):
         with part(DATA):
-            fed, targets = inputs(one, _device(model), filling=_filling(model, one), packed=_packed(model))
+            fed, targets = inputs(one, device_of(model), filling=_filling(model, one), packed=_packed(model))
             more = -one.supervised % _rounding(model)
             at, tokens, weights = (F.pad(x, (0, more)) if more else x for x in targets)
         if whole:
@@ -175,12 +175,13 @@ def _packed(model: Any) -> bool:
     return model.config._attn_implementation == PACKED
 
 
-def _device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
+    """Where the model computes."""
     return getattr(model, "fitout_device", None) or next(model.parameters()).device  # off-loaded ones are elsewhere
 
 
 def _rounding(model: Any) -> int:
     """What the length of a row is made a multiple of."""
-    device = _device(model)
+    device = device_of(model)
     low = torch.is_autocast_enabled(device.type) or model.dtype == torch.bfloat16
     return ROUND_TO if (low or onednn_multiplies()) and device.type == "cpu" else 1

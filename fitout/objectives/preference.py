@@ -11,14 +11,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..layout import Layout
-from .base import Objective, predict
+from ..model.parts import DATA, part
+from ..model.send import send
+from .base import Objective, device_of, predict
 
 FIGURES = ("reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected", "chosen_loss")
 
@@ -48,24 +49,27 @@ class Preference(Objective):
     def loss(self, model: nn.Module, layout: Layout, total: float) -> Tensor:
         if not len(layout.preferences):  # what keeps ranks together
             return predict(model, layout).weighed()[0] * 0.0
-        once, place = _each_once(layout)
+        with part(DATA):
+            once, place = _each_once(layout)
+            host = (place, *_grouped(place, once.supervised),
+                    *_grouped(_answer_of(layout), layout.preferences.size), layout.references)  # fmt: skip
+            sent = send([torch.from_numpy(array) for array in host], device_of(model))
+            again, alike, times, by_answer, tokens, references = sent
         predictions = predict(model, once)
-        again = torch.from_numpy(place).to(predictions.tokens[0].device)
         losses = predictions.losses()[again].double()
         trained = torch.is_grad_enabled()
         with torch.enable_grad():
             losses.requires_grad_()
-            log_probs, tokens = _of_answers(layout, losses)
-            references = torch.from_numpy(layout.references).to(losses.device)
-            each, rewards = self.judge(log_probs, tokens, references)
+            log_probs = _summed(-losses, by_answer, tokens).view(-1, 2)
+            each, rewards = self.judge(log_probs, tokens.view(-1, 2), references)
             value = each.sum() / total
             slopes = torch.autograd.grad(value, losses)[0].float() if trained else None
         self.log_probs = log_probs.detach()
-        self._note(rewards.detach(), -(log_probs / tokens).detach()[:, 0])
+        self._note(rewards.detach(), -(log_probs.detach() / tokens.view(-1, 2))[:, 0])
         value = value.detach().float()
         if slopes is None:
             return value
-        surrogate, _ = predictions.weighed(_summed(slopes, place, once.supervised))
+        surrogate, _ = predictions.weighed(_summed(slopes, alike, times))
         return surrogate + (value - surrogate.detach())
 
     def noted(self) -> list[float]:
@@ -88,18 +92,19 @@ def _each_once(layout: Layout) -> tuple[Layout, np.ndarray]:
     return replace(layout, **{name: getattr(layout, name)[first] for name in names}), place.ravel()
 
 
-def _of_answers(layout: Layout, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability and tokens of each pair's answers, (P, 2) both, from the cross-entropies (N) of the targets."""
+def _answer_of(layout: Layout) -> np.ndarray:
+    """(N,) the answer that each target belongs to: its place among the layout's pairs, laid out flat."""
     rows = layout.preferences.ravel()
     order = np.argsort(rows)
-    place = order[np.searchsorted(rows, layout.target_sample, sorter=order)]
-    counts: Any = np.bincount(place, minlength=len(rows))
-    return _summed(-losses, place, len(rows)).view(-1, 2), torch.from_numpy(counts).to(losses).view(-1, 2)
+    return order[np.searchsorted(rows, layout.target_sample, sorter=order)]
 
 
-def _summed(values: Tensor, place: np.ndarray, count: int) -> Tensor:
-    """(count,) sums of the values (N) that have each place; always in the same order, which adding by index has not on
-    a GPU."""
-    lengths: Any = np.bincount(place, minlength=count)
-    order = torch.from_numpy(np.argsort(place, kind="stable")).to(values.device)
-    return torch.segment_reduce(values[order], "sum", lengths=torch.from_numpy(lengths).to(values.device), initial=0.0)
+def _grouped(place: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """An order (N,) in which values of one place follow each other, and how many each of `count` places has."""
+    return np.argsort(place, kind="stable"), np.bincount(place, minlength=count)
+
+
+def _summed(values: Tensor, order: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of the values of each place, as `_grouped` has them: always in the same order, which adding by index has not
+    on a GPU. Without its checks, for which the host would wait."""
+    return torch.segment_reduce(values[order], "sum", lengths=lengths, initial=0.0, unsafe=True)

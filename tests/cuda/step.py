@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +32,7 @@ from fitout.model.fuse import fused
 from fitout.model.head import kind_of_head
 from fitout.model.load import load_base
 from fitout.model.methods.base import raise_to_fp32, trainable
-from fitout.objectives import SftSettings, create
+from fitout.objectives import ObjectiveSettings, create
 from fitout.train import TrainSettings
 from fitout.train.backend import Backend
 from fitout.train.optim import make_optimizer
@@ -39,6 +40,7 @@ from fitout.train.step import train_step
 
 CARD = torch.device("cuda", 0)
 LAYERS = 3
+PAIRS = np.array([[0, 1], [2, 3], [4, 5]])  # of the samples of a layout
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 NO_KERNEL = {  # operations that only say anew how memory is read, or reserve it
              "view", "_unsafe_view", "expand", "transpose", "t", "slice", "select", "unsqueeze", "squeeze", "permute",
@@ -91,6 +93,7 @@ def _step(
     share: bool = True,
     micro_batches: int = 2,
     fault: str | None = None,
+    objective: str = "sft",
 ) -> dict[str, Any]:
     kind, config = getattr(torch, dtype), CONFIG_MAPPING[family](
         vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -104,8 +107,11 @@ def _step(
             model = load_base(folder, dtype=kind, packed=True, extra=chosen.load_kwargs(kind) | {"device_map": None})
     chosen.apply(model)
     raised = raise_to_fp32(trainable(model))
-    layouts = [_layout(seed, share) for seed in range(micro_batches)]
-    objective, watched = create(SftSettings()), Watched()
+    layouts = [_layout(seed, share, 7 if objective == "sft" else PAIRS.size) for seed in range(micro_batches)]
+    if objective != "sft":
+        layouts = [replace(x, preferences=PAIRS, references=np.full(PAIRS.shape, -90.0)) for x in layouts]
+    minimised = create(TypeAdapter(ObjectiveSettings).validate_python({"kind": objective}))
+    watched = Watched()
     model.train()
     kind_of_head(model)  # tried on numbers, which there are none of later
     with ExitStack() as until:
@@ -124,7 +130,7 @@ def _step(
         parameters = trainable(model)
         optimizer = make_optimizer(parameters, TrainSettings(), {})
         with watched:
-            result = train_step(model, objective, layouts, list(parameters.values()), optimizer, backend, 1.0)
+            result = train_step(model, minimised, layouts, list(parameters.values()), optimizer, backend, 1.0)
     elsewhere = [n for n, p in model.named_parameters() if not isinstance(p, FakeTensor) or p.device != CARD]
     return {
         "waits": watched.seen["waits"], "sent": watched.seen["sent"], "kernels": watched.kernels.total(),
@@ -138,11 +144,11 @@ def _look(module: nn.Module, given: Any, out: torch.Tensor) -> None:
     float(out.sum())
 
 
-def _layout(seed: int, share: bool) -> Any:
+def _layout(seed: int, share: bool, samples: int) -> Any:
     rng = np.random.default_rng(seed)
     prompt = rng.integers(1, 1024, 96)
     ids = [np.concatenate([prompt, rng.integers(1, 1024, 40 + 9 * n)]).astype(np.int32) for n in range(4)]
-    ids += [rng.integers(1, 1024, 70 + 31 * n).astype(np.int32) for n in range(3)]
+    ids += [rng.integers(1, 1024, 70 + 31 * n).astype(np.int32) for n in range(samples - 4)]
     train_on = [(np.arange(len(one)) >= 60).astype(np.uint8) for one in ids]
     return lay_out(ids, train_on, range(len(ids)), share=share)
 

@@ -24,12 +24,15 @@ METHODS = {
     "sparse": {"kind": "sparse", "density": 0.02, "select": "random"},
     "full": {"kind": "full"},
 }
+PAIRS = ("orpo", "dpo", "simpo")
 FAMILIES = ("qwen3", "mistral", "gemma2")  # norms of heads; a window; that, and a soft cap
 CASES = {
     **{name: {"method": method} for name, method in METHODS.items()},
     **{family: {"method": LORA, "family": family} for family in FAMILIES},
     "fp32": {"method": LORA, "dtype": "float32"},
     "fp16": {"method": {"kind": "full"}, "dtype": "float16"},
+    **{kind: {"method": LORA, "objective": kind} for kind in PAIRS},
+    "pairs of full": {"method": {"kind": "full"}, "objective": "dpo"},
     "two": {"method": LORA, "share": False},
     "four": {"method": LORA, "share": False, "micro_batches": 4},
     "left on the host": {"method": LORA, "fault": "left on the host"},
@@ -66,6 +69,14 @@ def test_a_step(seen, name):
     assert found["elsewhere"] == [] and found["updated"] == found["trained"] > 0
     assert found["supervised"] == found["expected"]
     assert found["waits"] == 2  # the norm of the gradients and the loss, when all is launched
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "pairs of full"])
+def test_a_step_on_pairs(seen, name):
+    found = seen[name]
+    assert "error" not in found, found
+    assert found["elsewhere"] == [] and found["updated"] == found["trained"] > 0
+    assert found["waits"] == 2 + 5  # and the sums of its five figures, at the end
 
 
 @pytest.mark.parametrize("name", [*METHODS, "qwen3", "mistral", "fp16"])
