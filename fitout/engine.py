@@ -15,6 +15,7 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +70,8 @@ class Stream:
     Pieces are whole characters. `completion` holds the whole answer once it has ended, `error` why there is none.
     """
 
-    error: FitoutError | None = None
+    error: Exception | None = None
+    lacked_memory = False  # alone, once
 
     def __init__(
         self,
@@ -103,6 +105,10 @@ class Stream:
     def completion(self) -> Completion | None:
         """The answer once it has ended, None before."""
         return self._answer.completion(self.prompt_tokens) if self._answer.finish_reason else None
+
+    def fail(self, error: Exception) -> None:
+        """Ends it with an error of its own."""
+        self.error, self._answer.error, self._answer.finish_reason = error, str(error), "cancelled"
 
     def take(self) -> str:
         """The text that is settled since this was last asked."""
@@ -218,7 +224,7 @@ class Engine:
 
     def flight(self, most: int) -> Flight:
         """For up to `most` answers at once, from `stream`; as many as the model can answer beside each other."""
-        return Flight(self, most)
+        return Flight(self, most, joins=most > 1 and self.joins)
 
     @cached_property
     def joins(self) -> bool:
@@ -331,9 +337,12 @@ class Engine:
                 answers[row].begin()
                 sampler.begin(row)
             flight = Flight(self, len(chunk))
-            flight.begin([Stream(self, prompts[row], answers[row], sampler, row) for row in chunk])
+            streams = [Stream(self, prompts[row], answers[row], sampler, row) for row in chunk]
+            flight.begin(streams)
             while flight.busy:
                 flight.move()
+            if failed := next((stream.error for stream in streams if stream.error), None):
+                raise failed
             if progress:
                 progress(sum(answer.finish_reason is not None for answer in answers), len(answers))
 
@@ -485,12 +494,13 @@ class Flight:
     answered after the other.
 
     When memory runs out, all are read again, half as many at a time until they are answered; one that does not fit by
-    itself ends with an error.
+    itself, and one whose logits are not numbers, ends with an error of its own.
     """
 
-    def __init__(self, engine: Engine, most: int):
-        self._engine = engine
+    def __init__(self, engine: Engine, most: int, *, joins: bool = False):
+        self._engine, self._joins = engine, joins
         self._most = self._usual = min(most, engine.largest_batch or most)
+        self._lacked: list[Stream] = []  # for which `_most` is less than usual
         self._waiting: deque[Stream] = deque()
         self._reading: _Reading | None = None
         self._live: list[Stream] = []
@@ -503,8 +513,6 @@ class Flight:
         return bool(self._waiting or self._reading or self._live)
 
     def add(self, stream: Stream) -> None:
-        if not self.busy:
-            self._most = self._usual
         self._waiting.append(stream)
 
     def begin(self, streams: Sequence[Stream]) -> None:
@@ -529,7 +537,8 @@ class Flight:
             ids = torch.tensor([[stream._answer.ids[-1]] for stream in self._live])
             _pick(self._live, self._rows.extend(ids, keep=1)[:, -1])
         if self._reading is None and self._waiting and self._has_room():
-            self._reading = _Reading(self._engine, [self._waiting.popleft()])
+            self._reading = _Reading(self._engine, [self._waiting[0]])
+            self._waiting.popleft()
         if self._reading and (logits := self._reading.piece()) is not None and self._fits(self._reading.rows):
             self._join(self._reading)
             _pick(self._reading.streams, logits)
@@ -537,7 +546,7 @@ class Flight:
         self._leave(asking=False)
 
     def _has_room(self) -> bool:
-        return not self._live or (len(self._live) < self._most and self._engine.joins)
+        return not self._live or (len(self._live) < self._most and self._joins)
 
     def _fits(self, rows: _Rows) -> bool:
         """Whether there is memory for these beside those in work, all as long as the longest; a GPU says so itself."""
@@ -545,7 +554,9 @@ class Flight:
             return True
         longest = max(rows.seen, self._rows.seen)
         need = rows.bytes_a_token * longest * (len(self._live) + len(rows.pads))
-        return need + self._rows.bytes_a_token * self._rows.seen * len(self._live) < available_memory()
+        with suppress(OSError):  # a system that does not say
+            return need + self._rows.bytes_a_token * self._rows.seen * len(self._live) < available_memory()
+        return True
 
     def _join(self, read: _Reading) -> None:
         if self._live:
@@ -562,6 +573,9 @@ class Flight:
             if stream.completion is None and stream._cancelled():
                 stream._answer.end("cancelled")
         self._waiting = deque(stream for stream in self._waiting if stream._answer.finish_reason is None)
+        self._lacked = [stream for stream in self._lacked if stream._answer.finish_reason is None]
+        if not self._lacked:
+            self._most = self._usual
         if reading and all(stream._answer.finish_reason for stream in reading):
             self._reading = None
         kept = [at for at, stream in enumerate(self._live) if stream._answer.finish_reason is None]
@@ -579,13 +593,13 @@ class Flight:
         work = list(dict.fromkeys([*self._live, *(self._reading.streams if self._reading else ())]))
         self._live, self._reading, self._rows, self._joined = [], None, None, False
         give_back(self._engine.model.device)
-        if len(work) == 1:
-            [stream] = work
-            stream.error = _too_large()
-            stream._answer.error = stream.error.message
-            stream._answer.end("cancelled")
+        if not work:
+            work = [self._waiting.popleft()]  # whose reading did not even begin
+        if len(work) == 1 and work[0].lacked_memory:
+            work[0].fail(_too_large())
             return
-        self._most = len(work) // 2
+        work[0].lacked_memory = len(work) == 1
+        self._lacked, self._most = work, max(1, len(work) // 2)
         self._waiting.extendleft(reversed(work))
 
 
@@ -615,9 +629,22 @@ def _pick(streams: Sequence[Stream], logits: torch.Tensor) -> None:
         groups.setdefault(stream._sampler if stream._sampler.draws else None, []).append(at)
     for rows in groups.values():
         own = logits if len(rows) == len(streams) else logits[rows]
-        tokens = streams[rows[0]]._sampler.pick(own, [streams[at]._number for at in rows])
+        try:
+            tokens = streams[rows[0]]._sampler.pick(own, [streams[at]._number for at in rows])
+        except CheckError as error:
+            if len(rows) == 1:
+                streams[rows[0]].fail(error)
+            else:
+                for at in rows:  # whose it is
+                    _pick([streams[at]], logits[at : at + 1])
+            continue
         for at, token in zip(rows, tokens, strict=True):
-            streams[at]._answer.add(token)
+            try:
+                streams[at]._answer.add(token)
+            except Exception as error:  # of a tokenizer
+                if is_out_of_memory(error):
+                    raise
+                streams[at].fail(error)
 
 
 class _Rows:

@@ -599,14 +599,70 @@ def test_out_of_memory_in_a_flight_changes_no_answer(chat, engine, after):
     streams = streams_of(scarce)
     pieces, _, flight = flown(scarce, streams)
     assert [stream.completion for stream in streams] == alone and pieces == [one.text for one in alone]
-    assert scarce.model.refused and flight._most < 6
-    flight.add(scarce.stream(ask("Hi"), max_new_tokens=1))
-    assert flight._most == 16  # those are answered
+    assert scarce.model.refused and flight._most == 16  # those for which there were fewer are answered
 
     scarce.model = Scarce(engine.model, rows=0)
     streams = streams_of(scarce)
     flown(scarce, streams)
     assert all("memory ran out on a single prompt" in stream.error.message for stream in streams)
+
+
+def test_after_memory_ran_out_others_are_answered_at_once_again(chat, engine):
+    """While some are always in work: fewer at once until those are answered that lacked memory, and no longer."""
+    scarce = Engine(engine.model, chat)
+    flight = scarce.flight(8)
+    most = []
+    for number in range(60):
+        if len(flight._live) + len(flight._waiting) < 8:
+            flight.add(scarce.stream(ask("x" * (number % 5 + 1)), max_new_tokens=6 + number % 7))
+        if number == 20:
+            scarce.model = Scarce(engine.model, rows=1)
+        flight.step()
+        if number == 20:
+            scarce.model = engine.model
+        most.append(flight._most)
+    assert most[19] == 8 and min(most[20:]) <= 4 and most[-1] == 8 and len(flight._live) > 4
+
+
+def test_a_row_without_numbers_ends_alone(chat, engine):
+    """Its prompt alone overflows; and an answer whose text cannot be spelled."""
+
+    class Overflows(Scarce):
+        def __call__(self, input_ids, **more):
+            out = self.model(input_ids=input_ids, **more)
+            if input_ids.shape[1] > 60:
+                out.logits[:] = float("nan")
+            return out
+
+    broken = Engine(engine.model, chat)
+    assert broken.joins
+    broken.model = Overflows(engine.model, rows=99)
+    streams = [broken.stream(ask(q), max_new_tokens=20) for q in ("Hi", "Why?", "y" * 80, "A")]
+    streams[3]._answer._decode = lambda ids: 1 // 0
+    flown(broken, streams)
+    assert isinstance(streams[2].error, CheckError) and isinstance(streams[3].error, ZeroDivisionError)
+    want = engine.generate([ask("Hi"), ask("Why?")], max_new_tokens=20)
+    assert [one.completion.ids for one in streams[:2]] == [one.ids for one in want]
+    with pytest.raises(CheckError, match="not numbers"):
+        broken.generate([ask("Hi"), ask("y" * 80)], max_new_tokens=3)
+
+
+def test_memory_that_runs_out_before_a_prompt_is_read_loses_nobody(chat, engine, monkeypatch):
+    scarce, real, left = Engine(engine.model, chat), fitout.engine._Rows.__init__, [1, 4]
+    assert scarce.joins
+
+    def begin(self, *given):
+        left[0] -= 1
+        if left[0] in (0, -3):
+            raise torch.OutOfMemoryError("no")
+        real(self, *given)
+
+    monkeypatch.setattr(fitout.engine._Rows, "__init__", begin)
+    streams = [scarce.stream(ask(q), max_new_tokens=8) for q in QUESTIONS[:4]]
+    flown(scarce, streams)
+    monkeypatch.undo()
+    want = engine.generate([ask(q) for q in QUESTIONS[:4]], max_new_tokens=8)
+    assert [one.completion.ids for one in streams] == [one.ids for one in want]
 
 
 def test_what_does_not_fit_in_memory_beside_the_others_waits_for_them(chat, engine, monkeypatch):

@@ -351,7 +351,7 @@ def serve(
     token: Annotated[str | None, typer.Option(envvar="FITOUT_TOKEN", help="what clients must send as Bearer")] = None,
     name: Annotated[str | None, typer.Option(help="the model name clients use")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="the longest answer a client may ask for")] = 1024,
-    max_concurrent: Annotated[int, typer.Option(min=1, help="requests at once; who comes beyond waits (429)")] = 16,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="requests at once; one beyond is refused (429)")] = 16,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """An OpenAI-compatible server."""

@@ -1,16 +1,16 @@
-"""One worker thread that generates, and the jobs that it works on at once.
+"""Two threads behind the event loop, which never computes: one reads requests, one generates for all of them at once.
 
-The event loop never computes: it hands a job to the worker and reads what comes out of it. The worker gives every job
-a token in turn (engine.Flight), and takes a new one in between two. A job belongs to one request; when the request ends
-for whatever reason the job is stopped, and leaves before its next token.
+The first turns a request into a Stream (template, tokenizer), one after the other. The second gives every stream a
+token in turn (engine.Flight), and takes new ones in between two. A job belongs to one request; when the request ends
+for whatever reason the job is stopped: it is never begun, or leaves before its next token.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from .wire import ApiError
@@ -26,27 +26,23 @@ Begin = Callable[[Callable[[], bool]], "Stream"]  # given how to ask whether the
 class Job:
     """One answer being made. Its events: a Stream (about to generate), then pieces of text, then the Completion."""
 
-    def __init__(self, begin: Begin, stopped: Callable[[Job], None]):
-        self._begin, self._on_stop = begin, stopped
+    def __init__(self, begin: Begin):
+        self._begin = begin
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._stopped = threading.Event()
+        self.turn: Future[Stream] | None = None  # of being read
 
     def stop(self) -> None:
         """Asks the worker to end this job, or takes it out of those that wait; safe from any thread, at any time, any
         number of times."""
         self._stopped.set()
-        self._on_stop(self)
+        if self.turn is not None:
+            self.turn.cancel()
 
-    def begin(self) -> Stream | None:
-        """In the worker: what it is to make; None when the request turns out to be a bad one, which is told."""
-        try:
-            stream = self._begin(self._stopped.is_set)
-        except Exception as error:
-            self.tell(error)
-            return None
-        self.tell(stream)
-        return stream
+    def begin(self) -> Stream:
+        """What it is to make."""
+        return self._begin(self._stopped.is_set)
 
     def tell(self, event: Any) -> None:
         """In the worker: the next event. Whatever goes wrong is the last one."""
@@ -77,10 +73,11 @@ class Worker:
     def __init__(self, engine: Engine, places: int):
         self._engine, self._places = engine, places
         self._jobs: set[Job] = set()
-        self._new: deque[Job] = deque()  # not begun
+        self._new: list[tuple[Job, Stream]] = []  # that the generating thread has not taken
         self._changed = threading.Condition()
         self._closing = False
-        self._thread: threading.Thread | None = None
+        self._reads: ThreadPoolExecutor | None = None
+        self._generates: threading.Thread | None = None
 
     @property
     def busy(self) -> int:
@@ -97,71 +94,77 @@ class Worker:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(RETRY_AFTER)},
             )
-        job = Job(begin, self._withdraw)
-        with self._changed:
-            self._jobs.add(job)
-            self._new.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="fitout-generate", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+        if self._reads is None:
+            self._reads = ThreadPoolExecutor(1, thread_name_prefix="fitout-read")
+        if self._generates is None or not self._generates.is_alive():
+            self._generates = threading.Thread(target=self._generate, name="fitout-generate", daemon=True)
+            self._generates.start()
+        job = Job(begin)
+        self._jobs.add(job)
+        job.turn = self._reads.submit(job.begin)
+        job.turn.add_done_callback(lambda turn: self._read(job, turn))
         return job
 
     def close(self) -> None:
+        """Ends what is in work; a job that is submitted afterwards finds new threads."""
         for job in tuple(self._jobs):
             job.stop()
+        if self._reads is not None:
+            self._reads.shutdown(wait=True)
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+        if self._generates is not None:
+            self._generates.join()
+        self._reads, self._generates, self._closing = None, None, False
 
-    def _withdraw(self, job: Job) -> None:
-        """Takes out a job that has not begun."""
-        with self._changed:
-            if job not in self._new:
-                return
-            self._new.remove(job)
-            self._jobs.discard(job)
-        job.tell(ApiError(503, "stopped before its turn came", kind="server_error"))
+    def _read(self, job: Job, turn: Future[Stream]) -> None:
+        """A job's request has been read, or its turn was taken from it."""
+        if turn.cancelled():
+            self._end(job, ApiError(503, "stopped before its turn came", kind="server_error"))
+        elif error := turn.exception():
+            self._end(job, error)
+        else:
+            job.tell(turn.result())
+            with self._changed:
+                self._new.append((job, turn.result()))
+                self._changed.notify()
 
-    def _work(self) -> None:
+    def _end(self, job: Job, event: Any) -> None:
+        """The last event of a job: who is told finds the place free."""
+        self._jobs.discard(job)
+        job.tell(event if isinstance(event, Exception) or not isinstance(event, BaseException) else RuntimeError(event))
+
+    def _generate(self) -> None:
         """In the thread: a token for every job in turn, until the worker is closed and all are done."""
         flight: Flight | None = None
         streams: dict[Job, Stream] = {}
         while True:
-            new = {job: job.begin() for job in self._taken(wait=not streams)}
-            self._jobs.difference_update(job for job, stream in new.items() if stream is None)
-            begun = {job: stream for job, stream in new.items() if stream is not None}
-            streams |= begun
+            new = self._taken(wait=not streams)
+            streams.update(new)
             if not streams:
-                if self._closing:
-                    return
-                continue
+                return
             try:
                 flight = flight or self._engine.flight(self._places)
-                for stream in begun.values():
+                for _, stream in new:
                     flight.add(stream)
                 flight.step()
-            except Exception as error:
-                self._jobs.difference_update(streams)
+            except BaseException as error:  # a tokenizer's panic is no Exception
                 for job in streams:
-                    job.tell(error)
+                    self._end(job, error)
                 flight, streams = None, {}
                 continue
             for job, stream in tuple(streams.items()):
                 if piece := stream.take():
                     job.tell(piece)
                 if ended := stream.error or stream.completion:
-                    self._jobs.discard(job)  # who is told that it has ended finds the place free
                     del streams[job]
-                    job.tell(ended)
+                    self._end(job, ended)
 
-    def _taken(self, *, wait: bool) -> list[Job]:
-        """The jobs that are new; with `wait` not before there is one, or the worker is closed."""
+    def _taken(self, *, wait: bool) -> list[tuple[Job, Stream]]:
+        """The streams that are new; with `wait` not before there is one, or the worker is closed."""
         with self._changed:
             while wait and not self._new and not self._closing:
                 self._changed.wait()
-            found = list(self._new)
-            self._new.clear()
+            found, self._new = self._new, []
             return found

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 
 from fitout.chat.types import Message
 from fitout.engine import Completion
@@ -195,6 +196,69 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_event(engine):
         assert json.loads(blocks[-2][6:])["error"]["type"] == "server_error"
         assert "[DONE]" not in "".join(blocks) and "inside" not in "".join(blocks)
         wait_for(lambda: app.state.worker.busy == 0)
+
+
+class Panic(BaseException):
+    """As a library in Rust raises them."""
+
+
+def test_a_panic_is_one_requests_own_and_the_server_goes_on(engine):
+    class Panics:
+        chat = engine.chat
+        flights = 0
+
+        def stream(self, messages, **how):
+            if messages[0].content == "panic":
+                raise Panic("inside")
+            return engine.stream(messages, **how)
+
+        def flight(self, most):
+            self.flights += 1
+            if self.flights == 1:
+                raise Panic("inside")
+            return engine.flight(most)
+
+    with running(Panics()) as (port, app):
+        _, first = post(port)  # the thread that generates
+        assert first.status == 500 and b"inside" not in first.read()
+        _, second = post(port, messages=[{"role": "user", "content": "panic"}])  # the one that reads
+        assert second.status == 500 and b"inside" not in second.read()
+        _, third = post(port)
+        assert third.status == 200 and json.loads(third.read())["choices"]
+        wait_for(lambda: app.state.worker.busy == 0)
+
+
+def test_reading_a_request_does_not_hold_up_those_that_are_answered(engine):
+    started, go_on = threading.Event(), threading.Event()
+
+    class Slow(Endless):
+        def stream(self, messages, **how):
+            if messages[0].content == "slow":
+                started.set()
+                go_on.wait(10)
+            return super().stream(messages, **how)
+
+    slow = Slow(engine)
+    with running(slow) as (port, app):
+        first, _ = post(port, read=False, stream=True)
+        wait_for(lambda: slow.pieces > 2)
+        second, _ = post(port, read=False, stream=True, messages=[{"role": "user", "content": "slow"}])
+        assert started.wait(5)
+        before = slow.pieces
+        wait_for(lambda: slow.pieces > before + 5)
+        go_on.set()
+        wait_for(lambda: slow.running == 2)
+        first.close()
+        second.close()
+        wait_for(lambda: app.state.worker.busy == 0)
+
+
+def test_an_app_that_was_closed_can_be_opened_again(engine):
+    app = create_app(engine, ServeSettings(), "tiny")
+    for _ in range(2):
+        with TestClient(app, base_url="http://localhost") as client:
+            body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+            assert client.post(ROUTE, json=body).status_code == 200
 
 
 def test_requests_are_answered_at_once(engine):
