@@ -505,7 +505,6 @@ class Flight:
         self._reading: _Reading | None = None
         self._live: list[Stream] = []
         self._rows: Any = None  # theirs
-        self._joined = False
 
     @property
     def busy(self) -> bool:
@@ -561,7 +560,6 @@ class Flight:
     def _join(self, read: _Reading) -> None:
         if self._live:
             self._rows.join(read.rows)
-            self._joined = True
         else:
             self._rows = read.rows
         self._live += read.streams
@@ -582,16 +580,16 @@ class Flight:
         if len(kept) < len(self._live):
             self._live = [self._live[at] for at in kept]
             if not kept:
-                self._rows, self._joined = None, False
+                self._rows = None
             else:
                 self._rows.select(kept)
-                if self._joined:
+                if self._joins:
                     self._rows.trim()
 
     def _read_again(self) -> None:
         """After memory ran out: what was in work waits again, its prompt with what it has said."""
         work = list(dict.fromkeys([*self._live, *(self._reading.streams if self._reading else ())]))
-        self._live, self._reading, self._rows, self._joined = [], None, None, False
+        self._live, self._reading, self._rows = [], None, None
         give_back(self._engine.model.device)
         if not work:
             work = [self._waiting.popleft()]  # whose reading did not even begin
@@ -668,7 +666,7 @@ class _Rows:
         from transformers import DynamicCache
 
         self._cache = DynamicCache(config=self._engine.model.config)
-        self._seen = 0
+        self.seen = 0  # tokens of the longest row, and so of all with their padding
 
     def extend(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
         """Reads `ids` (B, T) after what was read before; the logits (B, keep, V) of the last `keep`, in fp32."""
@@ -679,22 +677,22 @@ class _Rows:
         if self._switch is None:
             return self._forward(ids, keep)
         self._read.append(ids)
-        if not self._long and len(ids) == 1 and self._seen + ids.shape[1] > self._switch:
+        if not self._long and len(ids) == 1 and self.seen + ids.shape[1] > self._switch:
             ids, self._long = torch.cat(self._read, 1), True
             self._begin()
-        if not self._long or self._seen + ids.shape[1] > self._switch:
+        if not self._long or self.seen + ids.shape[1] > self._switch:
             return self._forward(ids, keep)
         beyond = torch.zeros(len(ids), 1, dtype=ids.dtype)  # a token at a place that makes it long, seen by none
         logits = self._forward(torch.cat([ids, beyond], 1), keep + 1, last=self._switch)[:, :-1]
         self._cache.crop(-1)
-        self._seen -= 1
+        self.seen -= 1
         return logits
 
     def _forward(self, ids: torch.Tensor, keep: int, last: int | None = None) -> torch.Tensor:
         """`last`: the position of the last token, where it is not the next one."""
-        end = self._seen + ids.shape[1]
+        end = self.seen + ids.shape[1]
         places = torch.arange(end, device=self._device)
-        positions = (places[self._seen :] - self.pads[:, None]).clamp(min=0)
+        positions = (places[self.seen :] - self.pads[:, None]).clamp(min=0)
         if last is not None:
             positions[:, -1] = last
         mask = (places >= self.pads[:, None]).long() if bool(self.pads.any()) else None
@@ -706,13 +704,8 @@ class _Rows:
             use_cache=True,
             **({"logits_to_keep": keep} if self._engine._keeps_logits else {}),
         ).logits
-        self._seen = end
+        self.seen = end
         return logits[:, -keep:].float()
-
-    @property
-    def seen(self) -> int:
-        """Tokens of the longest row, and so of all with their padding."""
-        return self._seen
 
     @property
     def bytes_a_token(self) -> int:
@@ -724,7 +717,7 @@ class _Rows:
     def join(self, other: _Rows) -> None:
         """Goes on with another's rows after these; shorter ones are padded on the left. Raises TypeError for a cache
         that is more than keys and values of each token."""
-        longest = max(self._seen, other._seen)
+        longest = max(self.seen, other.seen)
         layers: Any = zip(self._cache.layers, other._cache.layers, strict=True)
         for mine, its in layers:
             if type(mine).__name__ not in JOINED:
@@ -734,20 +727,20 @@ class _Rows:
             mine.values = torch.cat([_wider(mine.values, width), _wider(its.values, width)])
             if mine.is_sliding:
                 mine.cumulative_length = longest
-        self.pads = torch.cat([self.pads + longest - self._seen, other.pads + longest - other._seen])
-        self._seen = longest
+        self.pads = torch.cat([self.pads + longest - self.seen, other.pads + longest - other.seen])
+        self.seen = longest
 
     def trim(self) -> None:
         """Drops what is padding in every row, as when the longest has left."""
         cut = int(self.pads.min())
         if cut == 0:
             return
-        self.pads, self._seen = self.pads - cut, self._seen - cut
+        self.pads, self.seen = self.pads - cut, self.seen - cut
         every: Any = self._cache.layers
         for layer in every:
-            layer.keys, layer.values = layer.keys[..., -self._seen :, :], layer.values[..., -self._seen :, :]
+            layer.keys, layer.values = layer.keys[..., -self.seen :, :], layer.values[..., -self.seen :, :]
             if layer.is_sliding:
-                layer.cumulative_length = self._seen
+                layer.cumulative_length = self.seen
 
     def select(self, rows: list[int]) -> None:
         """Goes on with these rows, in this order; a row may be taken several times."""

@@ -303,6 +303,7 @@ class Facts:
     tasks: Tasks
     task_of: array[int] = field(default_factory=lambda: array("i"))
     group_of: list[bytes | None] = field(default_factory=list)
+    placed: bool = False  # whether one says where its key information stands
 
     def add(self, sample: Sample, settings: DataSettings) -> None:
         prompt = ""
@@ -312,6 +313,8 @@ class Facts:
         if settings.split.group:
             value = look_up(sample.meta, settings.split.group)
             self.group_of.append(None if value is None else digest("group", value))
+        if settings.position.field is not None and not self.placed:
+            self.placed = look_up(sample.meta, settings.position.field) is not None
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `restored` needs."""
@@ -384,20 +387,18 @@ def _read_and_clean(settings: DataSettings, chat: Chat, wants: str, work: _Work,
     if settings.tasks.suggest:
         work.facts["suggested"] = _suggest_tasks(rows, facts)
     if settings.tasks.field not in (None, "file") and len(rows) and not facts.tasks.came_from["column"]:
-        raise DataError(
-            f"no sample has the column {settings.tasks.field!r}",
-            where="data.tasks.field",
-            harm="No sample would have a task.",
-            hint="Name a column of the rows, as they are in the file.",
-        )
+        raise _no_column(settings.tasks.field, "data.tasks.field", "No sample would have a task.")
     if settings.split.group and not any(facts.group_of):
-        raise DataError(
-            f"no sample has the column {settings.split.group!r}",
-            where="data.split.group",
-            harm="What belongs together could be parted.",
-            hint="Name a column of the rows, as they are in the file.",
-        )
+        raise _no_column(settings.split.group, "data.split.group", "What belongs together could be parted.")
+    if settings.position.field is not None and not facts.placed:
+        harm = "Places would be measured everywhere, and no key passage moved."
+        raise _no_column(settings.position.field, "data.position.field", harm)
     return facts
+
+
+def _no_column(name: str | list[str] | None, where: str, harm: str) -> DataError:
+    hint = "Name a column of the rows, as they are in the file."
+    return DataError(f"no sample has the column {name!r}", where=where, harm=harm, hint=hint)
 
 
 def _suggest_tasks(rows: Rows, facts: Facts) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,20 +21,20 @@ from ..model.precision import onednn_multiplies
 from ..model.send import send
 
 
-class Objective:
+class Objective(ABC):
     """`figures` names what is told beside the loss, averages over the units; `refers` says that the log-probabilities
     which the model gives the answers as training begins are asked for (`Layout.references`)."""
 
     figures: tuple[str, ...] = ()
     refers: bool = False
 
+    @abstractmethod
     def units(self, layouts: Sequence[Layout]) -> float:
         """What the loss is averaged over (summed over micro-batches and ranks by the step)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model: nn.Module, layout: Layout, total: float) -> Tensor:
         """This layout's share of the step's loss: its sum divided by the step's `total` units."""
-        raise NotImplementedError
 
     def noted(self) -> list[float]:
         """The sum of each of `figures` over the units of all layouts since it was last asked."""

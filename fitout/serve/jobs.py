@@ -123,7 +123,7 @@ class Worker:
         if turn.cancelled():
             self._end(job, ApiError(503, "stopped before its turn came", kind="server_error"))
         elif error := turn.exception():
-            self._end(job, error)
+            self._end(job, _error(error))
         else:
             job.tell(turn.result())
             with self._changed:
@@ -133,7 +133,7 @@ class Worker:
     def _end(self, job: Job, event: Any) -> None:
         """The last event of a job: who is told finds the place free."""
         self._jobs.discard(job)
-        job.tell(event if isinstance(event, Exception) or not isinstance(event, BaseException) else RuntimeError(event))
+        job.tell(event)
 
     def _generate(self) -> None:
         """In the thread: a token for every job in turn, until the worker is closed and all are done."""
@@ -151,7 +151,7 @@ class Worker:
                 flight.step()
             except BaseException as error:  # a tokenizer's panic is no Exception
                 for job in streams:
-                    self._end(job, error)
+                    self._end(job, _error(error))
                 flight, streams = None, {}
                 continue
             for job, stream in tuple(streams.items()):
@@ -168,3 +168,8 @@ class Worker:
                 self._changed.wait()
             found, self._new = self._new, []
             return found
+
+
+def _error(error: BaseException) -> Exception:
+    """What the event loop can take for a failed request: raised there, anything else would end it."""
+    return error if isinstance(error, Exception) else RuntimeError(error)

@@ -36,8 +36,6 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
         trained=directory.read_status().get("data_fingerprint") if directory.has_training() else None,
         progress=screen.data_progress, say=screen.say,
     )  # fmt: skip
-    if recipe.data.position.field is not None:
-        _require_column(directory, recipe.data.position.field)
     screen.say(summary(report))
     for stage in report.get("stages", ()):  # data prepared by an earlier version have no record of them
         screen.say(f"  {stage['told']}")
@@ -61,22 +59,6 @@ def prepare_data(recipe: Recipe, directory: RunDir, chat: Chat, screen: Screen) 
     if main_process():
         directory.update_status(data_fingerprint=prepared.fingerprint)
     return prepared, report
-
-
-def _require_column(directory: RunDir, name: str) -> None:
-    """Some kept sample must say where its key information stands, in the column that the recipe names for it."""
-    from ..data.prepare import kept_samples
-    from ..data.split import PARTS
-    from ..data.taxonomy import look_up
-
-    samples = (sample for part in PARTS for sample in kept_samples(directory, part))
-    if all(look_up(sample.meta, name) is None for sample in samples):
-        raise RequestError(
-            f"no sample has the column {name!r}",
-            where="data.position.field",
-            harm="Places would be measured everywhere, and no key passage moved.",
-            hint="Name a column of the rows, as they are in the file.",
-        )
 
 
 def told(report: dict[str, Any]) -> list[str]:

@@ -100,6 +100,16 @@ def test_the_questions_to_choose_by_are_not_the_tests(tests):
     assert not {item.subject for item in others} & trained
 
 
+def test_of_each_pair_one_answer_is_right_and_the_other_is_another_ones():
+    right = {(item.question, item.subject): item.answer for item in instructions.other_items()}
+    pairs = list(make.preference_pairs())
+    assert len(pairs) == len(instructions.other_items())
+    for pair in pairs:
+        assert right[pair["prompt"], pair["subject"]] == pair["chosen"] != pair["rejected"]
+        assert pair["rejected"] in {other["chosen"] for other in pairs if other["language"] == pair["language"]
+                                    and other["relation"] == pair["relation"]}  # fmt: skip
+
+
 def test_every_fact_of_the_trained_half_is_asked_about():
     """But for sums: a part of them is enough."""
     asked = {

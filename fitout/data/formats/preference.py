@@ -115,13 +115,12 @@ def transcript(text: str) -> list[Message]:
 
 def read_prompt(row: Row) -> tuple[list[Message], tuple[str, ...]]:
     """The messages before the answer, and the columns they came from."""
-    key = next((key for key in TURNS if row.get(key)), None)
-    if key:
+    key = prompt_key(row)
+    if key in TURNS:
         return read_messages(parsed(row[key], f"`{key}`"), key), (key,)
     if row.get("instruction") is not None:
         asked = "\n".join(part for part in (text(row, "instruction"), text(row, "input")) if part)
         return [*history(row.get("history")), Message("user", asked)], ("instruction", "input", "history")
-    key = first_key(row, PROMPTS)
     if key is None:
         raise RowError("no prompt: neither `conversations`, `messages`, `prompt` nor `instruction`")
     if isinstance(row[key], list):
